@@ -1,0 +1,198 @@
+"""The primitive of a row of logits: its log-sum, its target logit and its target sum.
+
+With z the logits (soft-capped, if asked), s the row's shift, y its target class and q a
+target mass over classes:
+
+    log_sum    = log(sum_c exp(z_c - s))
+    picked     = z_y - s
+    target_sum = sum_c q_c * (z_c - s)
+
+Cross-entropy is `log_sum - picked` for a class index and `sum(q) * log_sum - target_sum`
+for a mass. All are relative to the shift, the row's maximum, so nothing is lost where
+logits are large. The shift is a constant to differentiation: cross-entropy does not
+depend on it.
+
+Gradients are written by hand so that the logits are kept as they came (bfloat16 stays
+bfloat16) and rounded to once, and so that a row which the loss does not count gets
+gradient 0 whatever it holds.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def compute_dtype(*arrays: Array):
+    """float64 if one is float64, else float32."""
+    return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
+
+
+def unless_zero(factor, value):
+    """`value`, but 0 where `factor` is 0 and `value` is not finite: 0 * inf is 0."""
+    return jnp.where((factor == 0) & ~jnp.isfinite(value), 0, value)
+
+
+def times(factor, value):
+    """`factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
+    return factor * unless_zero(factor, value)
+
+
+def along(axis: int, ndim: int, values: Array) -> Array:
+    """(C,) laid along `axis` of `ndim` dimensions: (1, C, 1, ...)."""
+    return jnp.expand_dims(values, [i for i in range(ndim) if i != axis % ndim])
+
+
+def pick(values: Array, index: Array, axis: int) -> Array:
+    """Float values (..., C, ...) at an index (..., 1, ...) along `axis`; any value where it is < 0.
+
+    A gather on CPU, where a masked sum costs five times the log-sum; elsewhere, and where
+    the classes are sharded by an explicit mesh (which refuses the gather), a masked sum:
+    it fuses with the log-sum's pass.
+    """
+
+    def gather(values, index):
+        return jnp.take_along_axis(values, jnp.maximum(index, 0), axis, mode="clip")
+
+    def masked_sum(values, index):
+        return jnp.sum(jnp.where(_one_hot(index, values, axis), values, 0), axis, keepdims=True)
+
+    if jax.typeof(values).sharding.spec[axis] is not None:
+        return masked_sum(values, index)
+    return jax.lax.platform_dependent(values, index, cpu=gather, default=masked_sum)
+
+
+def _one_hot(index, x, axis):
+    return index == along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=index.dtype))
+
+
+def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) -> Array:
+    """Each row's largest logit among the classes that exist, as a constant, (..., 1, ...)."""
+    x = jax.lax.stop_gradient(x).astype(compute_dtype(x))
+    if exists is not None:
+        x = jnp.where(exists, x, -jnp.inf)
+    largest = jnp.max(x, axis, keepdims=True)
+    return largest if softcap is None else softcap * jnp.tanh(largest / softcap)
+
+
+def _centre(softcap, x, shift, exists):
+    """z - shift and dz/dx; -inf where no class exists."""
+    x = x.astype(compute_dtype(x))
+    if shift is None:  # log-probabilities: nothing to normalize
+        return x, 1
+    slope = 1
+    if softcap is not None:
+        if exists is not None:
+            x = jnp.where(exists, x, 0)
+        tanh = jnp.tanh(x / softcap)
+        x, slope = softcap * tanh, (1 - tanh) * (1 + tanh)
+    centred = x - shift
+    return (centred if exists is None else jnp.where(exists, centred, -jnp.inf)), slope
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _log_sum(axis, softcap, x, shift, exists):
+    centred, _ = _centre(softcap, x, shift, exists)
+    return jnp.log(jnp.sum(jnp.exp(centred), axis, keepdims=True))
+
+
+@_log_sum.defjvp
+def _log_sum_jvp(axis, softcap, primals, tangents):
+    # Second order comes through here. A row of NaN has derivative 0, not NaN: it may be
+    # one that the loss does not count; if it counts, its NaN shows in every other factor.
+    log_sum = _log_sum(axis, softcap, *primals)
+    centred, slope = _centre(softcap, *primals)
+    probs = jnp.where(jnp.isfinite(log_sum), jnp.exp(centred - log_sum) * slope, 0)
+    return log_sum, jnp.sum(probs * tangents[0], axis, keepdims=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def row_sums(
+    axis: int,
+    softcap: float | None,
+    x: Array,
+    shift: Array | None,
+    exists: Array | None,
+    index: Array | None,
+    mass: Callable[[], Array] | None,
+) -> tuple[Any, Any, Any]:
+    """Log-sum, picked logit and target sum of each row, each (..., 1, ...) or None.
+
+    Args:
+      axis: the class axis.
+      softcap: the cap, or None.
+      x: logits or log-probabilities, (..., C, ...), any float dtype.
+      shift: what `row_max` returned; None says that x is log-probabilities already, and
+        leaves the log-sum out.
+      exists: bool, (..., C, ...), broadcastable to x; None where all classes exist.
+      index: int32, (..., 1, ...), < 0 for none; None leaves the picked logit out.
+      mass: a `jax.tree_util.Partial` that returns q, (..., C, ...), broadcastable to x; its
+        arrays are differentiated through. None leaves the target sum out.
+    """
+    return _row_sums_fwd(axis, softcap, x, shift, exists, index, mass)[0]
+
+
+def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
+    log_sum = picked = target_sum = None
+    if shift is not None:
+        log_sum = _log_sum(axis, softcap, x, shift, exists)
+    if index is not None:
+        known = None if exists is None else pick(exists.astype(x.dtype), index, axis) > 0
+        picked, _ = _centre(softcap, pick(x, index, axis), shift, known)
+    if mass is not None:
+        centred, _ = _centre(softcap, x, shift, exists)
+        target_sum = jnp.sum(times(_spread(mass, centred), centred), axis, keepdims=True)
+    return (log_sum, picked, target_sum), (x, shift, exists, index, mass, log_sum)
+
+
+def _row_sums_bwd(axis, softcap, residuals, cotangents):
+    x, shift, exists, index, mass, log_sum = residuals
+    d_log_sum, d_picked, d_target_sum = cotangents
+    centred, slope = _centre(softcap, x, shift, exists)
+    d_centred, d_mass = 0, None
+    if log_sum is not None:
+        uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)
+        probs = jnp.exp(jnp.where(uncounted, -jnp.inf, centred - log_sum))
+        d_centred += d_log_sum * probs
+    if index is not None:
+        # A product, so that the NaN of an index out of range reaches its whole row.
+        d_centred += d_picked * _one_hot(index, x, axis)
+    if mass is not None:
+        q, pull = jax.vjp(lambda mass: _spread(mass, centred), mass)
+        d_centred += times(d_target_sum, q)
+        (d_mass,) = pull(times(d_target_sum, unless_zero(q, centred)))
+    d_x = times(d_centred, slope)
+    if exists is not None:
+        d_x = jnp.where(exists, d_x, 0)
+    return d_x.astype(x.dtype), None, None, None, d_mass
+
+
+row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
+
+
+def _spread(mass, like):
+    return jnp.broadcast_to(mass().astype(like.dtype), like.shape)
+
+
+def vary_alike(*trees):
+    """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
+
+    A custom_vjp returns cotangents that vary as its arguments do; marking the arguments
+    outside of it lets JAX sum over devices what belongs to a replicated one.
+    """
+    leaves, structure = jax.tree.flatten(trees)
+    varying = [_varying_axes(leaf) for leaf in leaves]
+    union = frozenset().union(*varying)
+    leaves = [
+        jax.lax.pcast(leaf, tuple(union - axes), to="varying") if axes != union else leaf
+        for leaf, axes in zip(leaves, varying)
+    ]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _varying_axes(x: Array) -> frozenset:
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # jax < 0.10: vma

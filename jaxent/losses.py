@@ -1,0 +1,167 @@
+"""The losses as objects: a configuration and one call, nothing computed here.
+
+```python
+class Classifier(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(64, 10, rngs=rngs)
+        self.loss = jaxent.CrossEntropyLoss(label_smoothing=0.1)
+```
+
+They are `nnx.Pytree`s, so they live wherever Flax users put things: an attribute of an
+`nnx.Module`, a field of a linen module, an argument of a jitted function, a leaf-bearing
+part of a checkpoint. Arrays (`weight`, `class_mask`, a traced `label_smoothing` or
+`z_loss`) are data: changing their values does not retrace. Numbers and strings are static.
+"""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike
+
+from ._reduction import AxisName, check_reduction
+from ._targets import (
+    read_ignore_index,
+    read_label_smoothing,
+    read_softcap,
+    read_weight,
+    read_z_loss,
+)
+from .functional import cross_entropy, nll
+
+
+class _Loss(nnx.Pytree):
+    """A function's keywords, given early; those given late take their place."""
+
+    def _keywords(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if not k.startswith("_pytree__")}
+
+    def __repr__(self) -> str:
+        parameters = inspect.signature(type(self).__init__).parameters  # type: ignore[misc]
+        given = {k: v for k, v in self._keywords().items() if _differs(v, parameters[k].default)}
+        described = (f"{k}={_describe(v)}" for k, v in given.items())
+        return f"{type(self).__name__}({', '.join(described)})"
+
+
+class NLLLoss(_Loss):
+    """`jaxent.nll` as an object.
+
+    Args:
+      weight, ignore_index, reduction, axis, axis_name: as in `jaxent.nll`.
+
+    Raises:
+      TypeError, ValueError: an argument is none of what `jaxent.nll` takes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> loss = jaxent.NLLLoss(reduction="sum", ignore_index=-1)
+      >>> loss
+      NLLLoss(ignore_index=-1, reduction='sum')
+      >>> loss(jnp.log(jnp.array([[0.5, 0.5], [0.1, 0.9]])), jnp.array([0, -1]))
+      Array(0.6931472, dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: ArrayLike | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        axis: int | None = None,
+        axis_name: AxisName = None,
+    ):
+        check_reduction(reduction)
+        read_weight(weight, None)
+        self.weight = _array(weight)
+        self.ignore_index = read_ignore_index(ignore_index)
+        self.reduction = reduction
+        self.axis = axis
+        self.axis_name = _hashable(axis_name)
+
+    def __call__(self, log_probs: ArrayLike, targets: ArrayLike, **keywords: Any) -> Array:
+        """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
+        before the object's."""
+        return nll(log_probs, targets, **(self._keywords() | keywords))
+
+
+class CrossEntropyLoss(_Loss):
+    """`jaxent.cross_entropy` as an object.
+
+    Args:
+      weight, ignore_index, reduction, label_smoothing, axis, class_mask, z_loss, softcap,
+        axis_name: as in `jaxent.cross_entropy`.
+
+    Raises:
+      TypeError, ValueError: an argument is none of what `jaxent.cross_entropy` takes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> loss = jaxent.CrossEntropyLoss(weight=[1.0, 2.0], label_smoothing=0.1)
+      >>> loss
+      CrossEntropyLoss(weight=float32[2], label_smoothing=0.1)
+      >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+      >>> loss(logits, labels, sample_weight=[1.0, 0.0]).round(4)
+      Array(0.3269, dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: ArrayLike | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: ArrayLike = 0.0,
+        axis: int | None = None,
+        class_mask: ArrayLike | None = None,
+        z_loss: ArrayLike = 0.0,
+        softcap: float | None = None,
+        axis_name: AxisName = None,
+    ):
+        check_reduction(reduction)
+        read_weight(weight, None)
+        read_label_smoothing(label_smoothing)
+        read_z_loss(z_loss)
+        self.weight = _array(weight)
+        self.ignore_index = read_ignore_index(ignore_index)
+        self.reduction = reduction
+        self.label_smoothing = _number_or_array(label_smoothing)
+        self.axis = axis
+        self.class_mask = _array(class_mask)
+        self.z_loss = _number_or_array(z_loss)
+        self.softcap = read_softcap(softcap)
+        self.axis_name = _hashable(axis_name)
+
+    def __call__(self, logits: ArrayLike, targets: ArrayLike, **keywords: Any) -> Array:
+        """The loss; any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
+        `reduction="none"`) goes before the object's."""
+        return cross_entropy(logits, targets, **(self._keywords() | keywords))
+
+
+def _array(value):
+    return None if value is None else nnx.data(jnp.asarray(value))
+
+
+def _number_or_array(value):
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, (int, float)) else _array(value)
+
+
+def _hashable(axis_name):
+    return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
+
+
+def _differs(value, default):
+    return isinstance(value, (jax.Array, np.ndarray)) or value != default
+
+
+def _describe(value):
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"{value.dtype}{list(value.shape)}"
+    return repr(value)

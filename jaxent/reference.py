@@ -1,0 +1,178 @@
+"""The formulas, plain: what every other function of jaxent must equal.
+
+Written in `jax.numpy` to be read, and differentiated by JAX in any mode: `jax.jvp` and
+`jax.jacfwd` work here, which `jax.custom_vjp` refuses. They cost a few arrays of the
+logits' size. Arguments, results and errors are those of the functions of the same name
+in `jaxent`.
+
+```python
+jax.jacfwd(jaxent.reference.cross_entropy)(logits, labels)
+```
+"""
+
+import jax
+import jax.numpy as jnp
+
+from ._reduction import check_reduction, total
+from ._softmax import compute_dtype, times, unless_zero
+from ._targets import (
+    read_axis,
+    read_class_axis,
+    read_class_mask,
+    read_ignore_index,
+    read_index_targets,
+    read_indices,
+    read_label_smoothing,
+    read_logits,
+    read_sample_weight,
+    read_softcap,
+    read_targets,
+    read_weight,
+    read_z_loss,
+)
+
+
+def log_softmax(logits, axis=-1, *, class_mask=None):
+    """x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
+    logits = read_logits(logits, "logits")
+    axis = read_axis(axis, logits.ndim, "logits")
+    exists = read_class_mask(class_mask, logits, axis, "logits")
+    x = logits.astype(compute_dtype(logits))
+    if exists is not None:
+        x = jnp.where(exists, x, -jnp.inf)
+    log_probs = _log_probs(x, axis)[0]
+    if exists is not None:
+        log_probs = jnp.where(exists, log_probs, -jnp.inf)
+    return log_probs.astype(logits.dtype)
+
+
+def nll(
+    log_probs,
+    targets,
+    *,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    axis=None,
+    sample_weight=None,
+    axis_name=None,
+):
+    """-sum_c w_c t_c log p_c, t one-hot for class indices, reduced."""
+    x, _, t, s, w, mean_weight, poison = _read(
+        "log_probs", log_probs, targets, weight, ignore_index, axis, sample_weight
+    )
+
+    def per_example(x):
+        return -jnp.sum(times(times(t, w), x), -1), jnp.zeros_like(s)
+
+    loss, lse = _hide_uncounted(per_example, x, s)
+    return _reduce(loss * poison, lse, None, s, mean_weight, reduction, axis_name)
+
+
+def cross_entropy(
+    logits,
+    targets,
+    *,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    axis=None,
+    sample_weight=None,
+    class_mask=None,
+    z_loss=0.0,
+    softcap=None,
+    axis_name=None,
+):
+    """-sum_c w_c q_c log p_c + z * lse^2, q = (1 - eps) * t + eps / C, reduced."""
+    x, exists, t, s, w, mean_weight, poison = _read(
+        "logits", logits, targets, weight, ignore_index, axis, sample_weight, class_mask
+    )
+    softcap = read_softcap(softcap)
+    eps = read_label_smoothing(label_smoothing, x.dtype)
+    z = read_z_loss(z_loss, x.dtype)
+    uniform = exists / jnp.maximum(jnp.sum(exists, -1, keepdims=True), 1).astype(x.dtype)
+    q = t if eps is None else (1 - eps) * t + eps * uniform
+
+    def per_example(x):
+        x = jnp.where(exists, x, 0)
+        if softcap is not None:
+            x = softcap * jnp.tanh(x / softcap)
+        # A row without classes is not counted: let it be finite.
+        empty = ~jnp.any(exists, -1, keepdims=True)
+        log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
+        return -jnp.sum(times(times(q, w), log_p), -1), lse
+
+    loss, lse = _hide_uncounted(per_example, x, s)
+    return _reduce(loss * poison, lse * poison, z, s, mean_weight, reduction, axis_name)
+
+
+def total_weight(targets, *, weight=None, ignore_index=-100, sample_weight=None, axis_name=None):
+    """sum_i s_i w_{y_i}, over the targets that are not ignored."""
+    targets = read_index_targets(targets)
+    dtype = compute_dtype(*(jnp.asarray(a) for a in (weight, sample_weight) if a is not None))
+    s = read_sample_weight(sample_weight, targets.shape, dtype)
+    w = read_weight(weight, None, dtype)
+    num_classes = None if w is None else w.size
+    index, ignored = read_indices(targets, num_classes, read_ignore_index(ignore_index, targets))
+    if w is not None:
+        s = times(s, jnp.where(index < 0, 1, w[index]))
+    return total(jnp.where(ignored, 0, s), axis_name)
+
+
+def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, class_mask=None):
+    """Logits, which classes exist and targets as probabilities, classes last; sample weights
+    (0 if not counted), class weights, what `mean` divides by, and NaN for a target out of
+    range, else 1."""
+    logits = read_logits(logits, name)
+    targets = read_targets(targets)
+    axis = read_class_axis(axis, logits, targets, name)
+    ignore_index = read_ignore_index(ignore_index, targets)
+    exists = read_class_mask(class_mask, logits, axis, name)
+    exists = jnp.broadcast_to(True if exists is None else exists, logits.shape)
+    exists = jnp.moveaxis(exists, axis, -1)
+    x = jnp.moveaxis(logits.astype(compute_dtype(logits)), axis, -1)
+    num_classes = x.shape[-1]
+    w = read_weight(weight, num_classes, x.dtype)
+    w = jnp.ones(num_classes, x.dtype) if w is None else w
+    s = read_sample_weight(sample_weight, x.shape[:-1], x.dtype)
+    s = jnp.where(jnp.any(exists, -1), s, 0)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        t = unless_zero(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
+        return x, exists, t, s, w, s, jnp.ones_like(s)
+    index, ignored = read_indices(targets, num_classes, ignore_index)
+    s = jnp.where(ignored | (index < 0) & (s == 0), 0, s)
+    t = (index[..., None] == jnp.arange(num_classes)).astype(x.dtype)
+    mean_weight = times(s, jnp.where(index < 0, 1, jnp.sum(times(t, w), -1)))
+    poison = jnp.where((index < 0) & (s != 0), jnp.nan, 1).astype(x.dtype)
+    return x, exists, t, s, w, mean_weight, poison
+
+
+def _log_probs(x, axis):
+    """log softmax and log-normalizer, relative to the row's maximum."""
+    m = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
+    log_sum = jnp.log(jnp.sum(jnp.exp(x - m), axis, keepdims=True))
+    return x - m - log_sum, jnp.squeeze(m + log_sum, axis)
+
+
+def _hide_uncounted(per_example, x, s):
+    """`per_example(x)`, and 0 for an example that is neither counted nor finite."""
+    hidden = (s == 0) & ~jnp.isfinite(sum(per_example(jax.lax.stop_gradient(x))))
+    values = per_example(jnp.where(hidden[..., None], 0, x))
+    return [jnp.where(hidden, 0, value) for value in values]
+
+
+def _reduce(loss, lse, z, s, mean_weight, reduction, axis_name):
+    check_reduction(reduction)
+    z_term = 0 if z is None else z * s * lse**2
+    if reduction == "none":
+        return s * loss + z_term
+    loss, z_term = total(s * loss, axis_name), total(z_term, axis_name)
+    if reduction == "mean":
+        loss /= _or_one(total(mean_weight, axis_name))
+        z_term /= _or_one(total(s, axis_name))
+    return loss + z_term
+
+
+def _or_one(denominator):
+    return jnp.where(denominator == 0, 1, denominator)
