@@ -1,3 +1,4 @@
+from . import porting as porting
 from . import reference as reference
 from .functional import cross_entropy as cross_entropy
 from .functional import log_softmax as log_softmax

@@ -1,13 +1,14 @@
-"""The primitive of a row of logits: its log-sum, its target logit and its target sum.
+"""The primitive of a row of logits: its log-sum, its target logit and its target sums.
 
 With z the logits (soft-capped, if asked), s the row's shift, y its target class and q a
 target mass over classes:
 
     log_sum    = log(sum_c exp(z_c - s))
     picked     = z_y - s
+    mass_sum   = sum_c q_c
     target_sum = sum_c q_c * (z_c - s)
 
-Cross-entropy is `log_sum - picked` for a class index and `sum(q) * log_sum - target_sum`
+Cross-entropy is `log_sum - picked` for a class index, `mass_sum * log_sum - target_sum`
 for a mass. All are relative to the shift, the row's maximum, so nothing is lost where
 logits are large. The shift is a constant to differentiation: cross-entropy does not
 depend on it.
@@ -47,20 +48,24 @@ def along(axis: int, ndim: int, values: Array) -> Array:
 
 
 def pick(values: Array, index: Array, axis: int) -> Array:
-    """Float values (..., C, ...) at an index (..., 1, ...) along `axis`; any value where it is < 0.
+    """Float values at an index (..., 1, ...) along `axis`; any value where it is < 0.
 
-    A gather on CPU, where a masked sum costs five times the log-sum; elsewhere, and where
-    the classes are sharded by an explicit mesh (which refuses the gather), a masked sum:
-    it fuses with the log-sum's pass.
+    Values are (..., C, ...), or a table of one value a class, (1, C, 1, ...). A gather on
+    CPU, where a masked sum costs five times the log-sum. Elsewhere a masked sum, which fuses
+    with the log-sum's pass; and where an explicit mesh shards the classes, or the index
+    alone, which refuses the gather.
     """
 
     def gather(values, index):
-        return jnp.take_along_axis(values, jnp.maximum(index, 0), axis, mode="clip")
+        index = jnp.maximum(index, 0)
+        if values.size == values.shape[axis]:
+            return jnp.take(values.ravel(), index, mode="clip")
+        return jnp.take_along_axis(values, index, axis, mode="clip")
 
     def masked_sum(values, index):
         return jnp.sum(jnp.where(_one_hot(index, values, axis), values, 0), axis, keepdims=True)
 
-    if jax.typeof(values).sharding.spec[axis] is not None:
+    if jax.typeof(values).sharding.spec != jax.typeof(index).sharding.spec:
         return masked_sum(values, index)
     return jax.lax.platform_dependent(values, index, cpu=gather, default=masked_sum)
 
@@ -85,10 +90,10 @@ def _centre(softcap, x, shift, exists):
         return x, 1
     slope = 1
     if softcap is not None:
-        if exists is not None:
-            x = jnp.where(exists, x, 0)
-        tanh = jnp.tanh(x / softcap)
-        x, slope = softcap * tanh, (1 - tanh) * (1 + tanh)
+        # A NaN goes around tanh, whose derivatives would make NaN of a gradient of 0.
+        bad = jnp.isnan(x) if exists is None else jnp.isnan(x) | ~exists
+        tanh = jnp.tanh(jnp.where(bad, 0, x) / softcap)
+        x, slope = jnp.where(bad, jnp.nan, softcap * tanh), (1 - tanh) * (1 + tanh)
     centred = x - shift
     return (centred if exists is None else jnp.where(exists, centred, -jnp.inf)), slope
 
@@ -118,8 +123,8 @@ def row_sums(
     exists: Array | None,
     index: Array | None,
     mass: Callable[[], Array] | None,
-) -> tuple[Any, Any, Any]:
-    """Log-sum, picked logit and target sum of each row, each (..., 1, ...) or None.
+) -> tuple[Any, Any, Any, Any]:
+    """Log-sum, picked logit, mass and target sum of each row, each (..., 1, ...) or None.
 
     Args:
       axis: the class axis.
@@ -130,13 +135,13 @@ def row_sums(
       exists: bool, (..., C, ...), broadcastable to x; None where all classes exist.
       index: int32, (..., 1, ...), < 0 for none; None leaves the picked logit out.
       mass: a `jax.tree_util.Partial` that returns q, (..., C, ...), broadcastable to x; its
-        arrays are differentiated through. None leaves the target sum out.
+        arrays are differentiated through. None leaves both sums of it out.
     """
     return _row_sums_fwd(axis, softcap, x, shift, exists, index, mass)[0]
 
 
 def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
-    log_sum = picked = target_sum = None
+    log_sum = picked = mass_sum = target_sum = None
     if shift is not None:
         log_sum = _log_sum(axis, softcap, x, shift, exists)
     if index is not None:
@@ -144,13 +149,17 @@ def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
         picked, _ = _centre(softcap, pick(x, index, axis), shift, known)
     if mass is not None:
         centred, _ = _centre(softcap, x, shift, exists)
-        target_sum = jnp.sum(times(_spread(mass, centred), centred), axis, keepdims=True)
-    return (log_sum, picked, target_sum), (x, shift, exists, index, mass, log_sum)
+        q = _spread(mass, centred)
+        q = jnp.where(_void(q, centred), 0, q)
+        mass_sum = jnp.sum(q, axis, keepdims=True)
+        target_sum = jnp.sum(times(q, centred), axis, keepdims=True)
+    sums = log_sum, picked, mass_sum, target_sum
+    return sums, (x, shift, exists, index, mass, log_sum)
 
 
 def _row_sums_bwd(axis, softcap, residuals, cotangents):
     x, shift, exists, index, mass, log_sum = residuals
-    d_log_sum, d_picked, d_target_sum = cotangents
+    d_log_sum, d_picked, d_mass_sum, d_target_sum = cotangents
     centred, slope = _centre(softcap, x, shift, exists)
     d_centred, d_mass = 0, None
     if log_sum is not None:
@@ -158,13 +167,15 @@ def _row_sums_bwd(axis, softcap, residuals, cotangents):
         probs = jnp.exp(jnp.where(uncounted, -jnp.inf, centred - log_sum))
         d_centred += d_log_sum * probs
     if index is not None:
-        # A product, so that the NaN of an index out of range reaches its whole row.
-        d_centred += d_picked * _one_hot(index, x, axis)
+        # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
+        d_centred += jnp.where(_one_hot(index, x, axis), d_picked, 0 * d_picked)
     if mass is not None:
         q, pull = jax.vjp(lambda mass: _spread(mass, centred), mass)
         d_centred += times(d_target_sum, q)
-        (d_mass,) = pull(times(d_target_sum, unless_zero(q, centred)))
-    d_x = times(d_centred, slope)
+        void = _void(q, centred)
+        d_q = d_mass_sum + times(d_target_sum, jnp.where(void, 0, centred))
+        (d_mass,) = pull(jnp.where(void, 0, d_q))
+    d_x = d_centred * slope
     if exists is not None:
         d_x = jnp.where(exists, d_x, 0)
     return d_x.astype(x.dtype), None, None, None, d_mass
@@ -173,8 +184,14 @@ def _row_sums_bwd(axis, softcap, residuals, cotangents):
 row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
 
 
+def _void(q, centred):
+    """Where no mass meets an infinite loss: the term is 0, and so are its derivatives."""
+    return (q == 0) & ~jnp.isfinite(centred)
+
+
 def _spread(mass, like):
-    return jnp.broadcast_to(mass().astype(like.dtype), like.shape)
+    """The mass, of the shape of `like` and on an explicit mesh of its sharding too."""
+    return mass().astype(like.dtype) + jnp.zeros_like(like)
 
 
 def vary_alike(*trees):
@@ -184,6 +201,9 @@ def vary_alike(*trees):
     outside of it lets JAX sum over devices what belongs to a replicated one.
     """
     leaves, structure = jax.tree.flatten(trees)
+    # A copy of a tracer compiles to nothing. JAX's custom_vjp refuses a NumPy array that
+    # `vmap` maps inside `jit`; of its copy it is not aware.
+    leaves = [jnp.copy(leaf) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
     varying = [_varying_axes(leaf) for leaf in leaves]
     union = frozenset().union(*varying)
     leaves = [

@@ -29,7 +29,7 @@ class Rows:
 
     axis: int
     logits: Array  # (..., C, ...)
-    exists: Array | None  # bool, (..., C, ...), broadcastable; None where all classes exist
+    exists: Array | None  # bool, of the logits' shape or a table; None where all exist
     index: Array | None  # int32, -1 if out of range; None for probabilities
     picked_weight: Array | None
     mass: Partial | None  # () -> (..., C, ...), broadcastable to the logits
@@ -187,8 +187,13 @@ def read_index_targets(targets) -> Array:
     return targets
 
 
+def check_axis(axis) -> None:
+    if axis is not None and not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"axis must be an integer or None, got {axis!r}")
+
+
 def read_axis(axis, ndim: int, name: str) -> int:
-    axis = operator.index(axis)
+    check_axis(axis)
     if ndim == 1 and axis == 1:  # PyTorch's class axis, of one example
         return 0
     if not -ndim <= axis < ndim:
@@ -233,13 +238,21 @@ def read_class_axis(axis, logits: Array, targets: Array, name: str) -> int:
     return axes[0]
 
 
+def check_class_mask(class_mask) -> None:
+    if class_mask is not None and jnp.asarray(class_mask).dtype != bool:
+        raise TypeError(
+            f"class_mask is {jnp.asarray(class_mask).dtype}: it must be bool, True for the "
+            "classes that exist"
+        )
+
+
 def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | None:
+    """Which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
     if class_mask is None:
         return None
+    check_class_mask(class_mask)
     class_mask = jnp.asarray(class_mask)
     got = f"class_mask is {class_mask.dtype}{list(class_mask.shape)}, {name} {list(logits.shape)}"
-    if class_mask.dtype != bool:
-        raise TypeError(f"{got}: it must be bool, True for the classes that exist")
     if class_mask.shape == (logits.shape[axis],):
         return along(axis, logits.ndim, class_mask)
     if class_mask.ndim != logits.ndim or not _broadcasts(class_mask.shape, logits.shape):
@@ -247,9 +260,7 @@ def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | 
             f"{got}: it must be [{logits.shape[axis]}], one value a class, or have "
             f"{logits.ndim} dimensions and broadcast to the {name}"
         )
-    shape = list(class_mask.shape)
-    shape[axis] = logits.shape[axis]
-    return jnp.broadcast_to(class_mask, shape)
+    return class_mask | jnp.zeros_like(logits, bool)
 
 
 def read_weight(weight, num_classes: int | None, dtype=jnp.float32) -> Array | None:

@@ -71,7 +71,7 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, class_mask: ArrayLike | No
     x = logits.astype(compute_dtype(logits))
     shift = row_max(axis, None, x, exists)
     x, shift, exists = vary_alike(x, shift, exists)
-    log_sum, _, _ = row_sums(axis, None, x, shift, exists, None, None)
+    log_sum, *_ = row_sums(axis, None, x, shift, exists, None, None)
     log_probs = x - shift - log_sum
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
@@ -126,8 +126,8 @@ def nll(
         sample_weight=sample_weight,
     )
     x, index, mass = vary_alike(rows.logits, rows.index, rows.mass)
-    _, picked, target_sum = row_sums(rows.axis, None, x, None, None, index, mass)
-    loss, _ = _weigh(rows, 0, picked, target_sum, 0)
+    _, *sums = row_sums(rows.axis, None, x, None, None, index, mass)
+    loss, _ = _weigh(rows, 0, *sums, 0)
     return reduce([(rows.scale * loss, rows.denominator)], rows.axis, reduction, axis_name)
 
 
@@ -223,24 +223,23 @@ def cross_entropy(
     )
     shift = row_max(rows.axis, softcap, rows.logits, rows.exists)
     arguments = vary_alike(rows.logits, shift, rows.exists, rows.index, rows.mass)
-    log_sum, picked, target_sum = row_sums(rows.axis, softcap, *arguments)
-    loss, log_normalizer = _weigh(rows, log_sum, picked, target_sum, shift + log_sum)
+    log_sum, *sums = row_sums(rows.axis, softcap, *arguments)
+    loss, log_normalizer = _weigh(rows, log_sum, *sums, shift + log_sum)
     terms = [(rows.scale * loss, rows.denominator)]
     coefficient = read_z_loss(z_loss, loss.dtype)
     if coefficient is not None:
-        terms.append((coefficient * rows.scale * log_normalizer**2, rows.sample_weight))
+        terms.append((coefficient * (rows.scale * log_normalizer**2), rows.sample_weight))
     return reduce(terms, rows.axis, reduction, axis_name)
 
 
 def _weigh(rows, *sums):
     """Per-example loss and log-normalizer; 0 where it is neither counted nor finite."""
 
-    def per_example(log_sum, picked, target_sum, log_normalizer):
+    def per_example(log_sum, picked, mass_sum, target_sum, log_normalizer):
         loss = 0
         if picked is not None:
             loss += times(rows.picked_weight, log_sum - picked)
-        if target_sum is not None:
-            mass_sum = jnp.sum(rows.mass(), rows.axis, keepdims=True)
+        if mass_sum is not None:
             loss += times(rows.mass_weight, times(mass_sum, log_sum) - target_sum)
         return loss, log_normalizer
 

@@ -25,6 +25,8 @@ from jax.typing import ArrayLike
 
 from ._reduction import AxisName, check_reduction
 from ._targets import (
+    check_axis,
+    check_class_mask,
     read_ignore_index,
     read_label_smoothing,
     read_softcap,
@@ -37,14 +39,22 @@ from .functional import cross_entropy, nll
 class _Loss(nnx.Pytree):
     """A function's keywords, given early; those given late take their place."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # nnx's metaclass hides it from help() and editors.
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
     def _keywords(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if not k.startswith("_pytree__")}
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def __repr__(self) -> str:
-        parameters = inspect.signature(type(self).__init__).parameters  # type: ignore[misc]
+        parameters = inspect.signature(type(self)).parameters
         given = {k: v for k, v in self._keywords().items() if _differs(v, parameters[k].default)}
         described = (f"{k}={_describe(v)}" for k, v in given.items())
         return f"{type(self).__name__}({', '.join(described)})"
+
+    __str__ = __repr__
 
 
 class NLLLoss(_Loss):
@@ -76,6 +86,7 @@ class NLLLoss(_Loss):
         axis_name: AxisName = None,
     ):
         check_reduction(reduction)
+        check_axis(axis)
         read_weight(weight, None)
         self.weight = _array(weight)
         self.ignore_index = read_ignore_index(ignore_index)
@@ -107,7 +118,7 @@ class CrossEntropyLoss(_Loss):
       CrossEntropyLoss(weight=float32[2], label_smoothing=0.1)
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> loss(logits, labels, sample_weight=[1.0, 0.0]).round(4)
-      Array(0.3269, dtype=float32)
+      Array(0.3333, dtype=float32)
     """
 
     def __init__(
@@ -124,9 +135,11 @@ class CrossEntropyLoss(_Loss):
         axis_name: AxisName = None,
     ):
         check_reduction(reduction)
+        check_axis(axis)
         read_weight(weight, None)
         read_label_smoothing(label_smoothing)
         read_z_loss(z_loss)
+        check_class_mask(class_mask)
         self.weight = _array(weight)
         self.ignore_index = read_ignore_index(ignore_index)
         self.reduction = reduction

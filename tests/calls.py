@@ -1,0 +1,215 @@
+"""Generated calls of the losses, how to evaluate them, and how to compare what comes out."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# (shape of the logits, class axis)
+SHAPES = [
+    ((5,), 0),
+    ((4, 5), 1),
+    ((7, 3), 0),
+    ((3, 5, 2), 1),
+    ((2, 3, 6), 2),
+    ((3, 4, 2, 2), 1),
+    ((0, 4), 1),
+    ((6, 1), 1),
+]
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+INDEX_DTYPES = ["int8", "uint8", "int16", "int32", "int64"]
+
+
+@dataclasses.dataclass
+class Call:
+    """Arguments of a loss: float arrays, differentiated, and the others."""
+
+    axis: int
+    floats: dict[str, Any]  # logits, and those of targets, weight, ... that are floats
+    others: dict[str, Any]
+    cotangent: np.ndarray  # of the per-example shape
+
+    @property
+    def shape(self):
+        return self.floats["logits"].shape
+
+    @property
+    def dtype(self):
+        return self.floats["logits"].dtype
+
+    @property
+    def targets(self):
+        return self.floats.get("targets", self.others.get("targets"))
+
+    def get(self, name, default=None):
+        return self.floats.get(name, self.others.get(name, default))
+
+    def replace(self, **changes):
+        """The call with some arguments changed; None leaves one out."""
+        floats, others = dict(self.floats), dict(self.others)
+        for name, value in changes.items():
+            floats.pop(name, None)
+            others.pop(name, None)
+            if value is not None:
+                is_float = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+                (floats if is_float else others)[name] = value
+        return dataclasses.replace(self, floats=floats, others=others)
+
+
+@st.composite
+def calls(draw, options=(), shapes=None, dtypes=DTYPES, targets=("indices", "probabilities")):
+    """A call of `cross_entropy` with finite logits; `options` names the keywords to draw."""
+    shape, axis = draw(st.sampled_from(shapes or SHAPES))
+    dtype = jnp.dtype(draw(st.sampled_from(dtypes)))
+    kind = draw(st.sampled_from(targets))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_classes = shape[axis]
+    rows = shape[:axis] + shape[axis + 1 :]
+    floats = {"logits": (3 * random.normal(size=shape)).astype(dtype)}
+    others: dict[str, Any] = {"axis": axis}
+    if kind == "probabilities":
+        probabilities = random.dirichlet(np.ones(num_classes), rows)
+        probabilities *= random.uniform(size=probabilities.shape) < 0.8  # some are 0
+        floats["targets"] = np.moveaxis(probabilities, -1, axis).astype(dtype)
+    else:
+        index_dtype = draw(st.sampled_from(INDEX_DTYPES))
+        others["targets"] = random.integers(0, num_classes, rows).astype(index_dtype)
+
+    def drawn(name, *values):
+        if name in options:
+            return draw(st.sampled_from(values))
+        return None
+
+    if drawn("weight", False, True):
+        weight = random.uniform(0.2, 2, num_classes).astype(_wide(dtype))
+        weight[0] = draw(st.sampled_from([0, 1]))
+        floats["weight"] = weight
+    if kind == "indices" and "ignore_index" in options:
+        ignored = drawn("ignore_index", -100, None, 0, -1)
+        others["ignore_index"] = ignored
+        if ignored is not None and others["targets"].dtype != np.uint8:
+            hit = random.uniform(size=rows) < 0.3
+            others["targets"] = np.where(hit, ignored, others["targets"]).astype(index_dtype)
+    sample = drawn("sample_weight", None, "mask", "weights", "broadcast")
+    if sample == "mask":
+        others["sample_weight"] = random.uniform(size=rows) < 0.7
+    elif sample is not None:
+        sample_shape = rows if sample == "weights" else tuple(1 for _ in rows)
+        sample_weight = random.uniform(0.2, 2, sample_shape)
+        zero = random.uniform(size=sample_shape) < 0.3
+        floats["sample_weight"] = np.where(zero, 0, sample_weight).astype(_wide(dtype))
+    if num_classes > 1:
+        mask = drawn("class_mask", None, "classes", "full")
+        if mask == "classes":
+            others["class_mask"] = random.uniform(size=num_classes) < 0.8
+        elif mask == "full":
+            others["class_mask"] = random.uniform(size=shape) < 0.8
+        if mask is not None:
+            move_targets_to_existing(others, floats, axis)
+    if (smoothing := drawn("label_smoothing", None, 0.1, 1.0, "traced")) is not None:
+        value = 0.3 if smoothing == "traced" else smoothing
+        kind_of = floats if smoothing == "traced" else others
+        kind_of["label_smoothing"] = np.asarray(value, _wide(dtype)) if kind_of is floats else value
+    if (z_loss := drawn("z_loss", None, 0.01, "traced")) is not None:
+        kind_of = floats if z_loss == "traced" else others
+        kind_of["z_loss"] = np.asarray(0.02, _wide(dtype)) if kind_of is floats else z_loss
+    if (softcap := drawn("softcap", None, 4.0)) is not None:
+        others["softcap"] = softcap
+    if "reduction" in options:
+        others["reduction"] = drawn("reduction", "mean", "sum", "none")
+    return Call(axis, floats, others, random.normal(size=rows).astype(_wide(dtype)))
+
+
+EVERY_OPTION = (
+    "weight",
+    "ignore_index",
+    "sample_weight",
+    "class_mask",
+    "label_smoothing",
+    "z_loss",
+    "softcap",
+    "reduction",
+)
+NLL_OPTIONS = ("weight", "ignore_index", "sample_weight", "reduction")
+
+
+def move_targets_to_existing(others, floats, axis):
+    """No target mass on an excluded class, where another one is left."""
+    logits = floats["logits"]
+    exists = np.moveaxis(full_mask(others["class_mask"], logits.shape, axis), axis, -1)
+    if "targets" in floats:
+        floats["targets"] = floats["targets"] * np.moveaxis(exists, -1, axis).astype(logits.dtype)
+        return
+    targets = others["targets"]
+    valid = (targets >= 0) & (targets < exists.shape[-1])
+    index = np.where(valid, targets, 0).astype(int)
+    alive = np.take_along_axis(exists, index[..., None], -1)[..., 0]
+    moved = np.where(valid & ~alive, exists.argmax(-1), targets)
+    others["targets"] = moved.astype(targets.dtype)
+
+
+def full_mask(class_mask, shape, axis):
+    if class_mask.ndim == 1:
+        class_mask = class_mask.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    return np.broadcast_to(class_mask, shape)
+
+
+def _wide(dtype):
+    return "float64" if dtype == jnp.float64 else "float32"
+
+
+def precision(call: Call):
+    """The context in which float64 and int64 exist, if the call has either."""
+    wide = any(
+        getattr(a, "dtype", None) in ("float64", "int64") for a in [call.dtype, call.targets]
+    )
+    wide |= call.dtype == jnp.float64
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def evaluate(function, call: Call, jit: bool = True):
+    """The loss of a call, and the gradients of its floats against the call's cotangent."""
+
+    def scalar(floats):
+        arguments = {**call.others, **floats}
+        logits, targets = arguments.pop("logits"), arguments.pop("targets")
+        loss = function(logits, targets, **arguments)
+        cotangent = call.cotangent if loss.ndim else call.cotangent.dtype.type(1)
+        return jnp.sum(loss * cotangent), loss
+
+    with precision(call):
+        run = jax.value_and_grad(scalar, has_aux=True)
+        (_, loss), gradients = (jax.jit(run) if jit else run)(call.floats)
+        return jax.tree.map(np.asarray, (loss, gradients))
+
+
+def eps(dtype) -> float:
+    return float(jnp.finfo(dtype).eps)
+
+
+def assert_close(actual, expected, ulps, dtype=None, scale=None):
+    """Equal to some ulps of the largest expected value (or `scale`); NaN and inf exactly."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    unit = eps(dtype or expected.dtype)
+    actual, expected = actual.astype("float64"), expected.astype("float64")
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(actual[~finite], expected[~finite])
+    if scale is None:
+        scale = max(1.0, np.abs(expected[finite]).max(initial=0))
+    np.testing.assert_allclose(actual[finite], expected[finite], rtol=0, atol=ulps * unit * scale)
+
+
+def assert_same(actual, expected, ulps):
+    """Losses and gradients of two evaluations, each to its own dtype."""
+    (loss, gradients), (expected_loss, expected_gradients) = actual, expected
+    assert loss.dtype == expected_loss.dtype
+    assert_close(loss, expected_loss, ulps)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == expected_gradients[name].dtype, name
+        assert_close(gradient, expected_gradients[name], ulps)

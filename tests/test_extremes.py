@@ -1,0 +1,357 @@
+"""Logits at the ends of their range, bad targets, empty batches: the stated outcomes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from calls import assert_close, eps
+from jax.experimental import checkify
+
+import jaxent
+from jaxent import reference
+
+INF, NAN = np.inf, np.nan
+
+
+def loss_and_gradient(logits, targets, **keywords):
+    def total(logits):
+        losses = jaxent.cross_entropy(logits, targets, reduction="none", **keywords)
+        return losses.sum(), losses
+
+    logits = jnp.asarray(logits)
+    (_, losses), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
+    return np.asarray(losses), np.asarray(gradient)
+
+
+@pytest.mark.parametrize("size", [1e4, 3e38, -1e4, -3e38])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_equal_logits_of_any_size_give_log_c(size, smoothing):
+    logits = np.full((2, 4), size, "float32")
+    losses, gradient = loss_and_gradient(logits, np.array([0, 3]), label_smoothing=smoothing)
+    assert_close(losses, np.full(2, np.log(4), "float32"), 2)
+    one_hot = np.eye(4)[[0, 3]]
+    target = (1 - smoothing) * one_hot + smoothing / 4
+    assert_close(gradient, (0.25 - target).astype("float32"), 2)
+
+
+def test_opposite_logits_of_1e4():
+    logits = np.array([[1e4, -1e4], [1e4, -1e4]], "float32")
+    losses, gradient = loss_and_gradient(logits, np.array([0, 1]))
+    np.testing.assert_array_equal(losses, [0, 2e4])
+    np.testing.assert_array_equal(gradient, [[0, 0], [1, -1]])
+
+
+def test_opposite_logits_of_3e38_overflow_to_infinity_only_at_the_target():
+    logits = np.array([[3e38, -3e38], [3e38, -3e38]], "float32")
+    losses, gradient = loss_and_gradient(logits, np.array([0, 1]))
+    np.testing.assert_array_equal(losses, [0, INF])  # 6e38 is no float32
+    np.testing.assert_array_equal(gradient, [[0, 0], [1, -1]])
+
+
+def test_large_offset_loses_nothing():
+    random = np.random.default_rng(0)
+    logits = (random.normal(size=(256, 100)) + 1e4).astype("float32")
+    targets = random.integers(0, 100, 256)
+    losses, _ = loss_and_gradient(logits, targets)
+    with jax.enable_x64(True):
+        exact = reference.cross_entropy(logits.astype("float64"), targets, reduction="none")
+    np.testing.assert_allclose(losses, exact, rtol=1e-6)
+
+
+def test_minus_infinity_elsewhere_is_a_class_of_probability_zero():
+    logits = np.array([[-INF, 0, 1, 2]], "float32")
+    losses, gradient = loss_and_gradient(logits, np.array([1]))
+    short, short_gradient = loss_and_gradient(logits[:, 1:], np.array([0]))
+    np.testing.assert_array_equal(losses, short)
+    np.testing.assert_array_equal(gradient, np.concatenate([[[0]], short_gradient], 1))
+
+
+def test_all_but_one_minus_infinity_is_certain():
+    losses, gradient = loss_and_gradient(np.array([[-INF, 5, -INF]], "float32"), np.array([1]))
+    np.testing.assert_array_equal(losses, [0])
+    np.testing.assert_array_equal(gradient, [[0, 0, 0]])
+
+
+def test_minus_infinity_at_the_target_is_an_infinite_loss_with_a_finite_gradient():
+    losses, gradient = loss_and_gradient(np.array([[-INF, 0, 0]], "float32"), np.array([0]))
+    np.testing.assert_array_equal(losses, [INF])
+    np.testing.assert_array_equal(gradient, [[-1, 0.5, 0.5]])
+
+
+def test_smoothing_gives_minus_infinity_target_mass():
+    losses, gradient = loss_and_gradient(
+        np.array([[-INF, 0]], "float32"), np.array([1]), label_smoothing=0.5
+    )
+    np.testing.assert_array_equal(losses, [INF])
+    np.testing.assert_array_equal(gradient, [[-0.25, 0.25]])
+
+
+def test_zero_target_mass_on_minus_infinity_is_zero():
+    logits = np.array([[-INF, 0, 0]], "float32")
+    targets = np.array([[0, 1, 0]], "float32")
+    losses, gradient = loss_and_gradient(logits, targets)
+    assert_close(losses, np.array([np.log(2)], "float32"), 1)
+    np.testing.assert_array_equal(gradient, [[0, -0.5, 0.5]])
+    by_target = jax.grad(lambda t: jaxent.cross_entropy(logits, t))(targets)
+    assert_close(by_target, np.array([[0, np.log(2), np.log(2)]], "float32"), 1)
+
+
+def test_zero_class_weight_on_minus_infinity_is_zero():
+    logits = np.array([[-INF, 0, 0]], "float32")
+    weight = np.array([0, 1, 1], "float32")
+    for smoothing in (0.5, jnp.asarray(0.5)):
+        losses, gradient = loss_and_gradient(
+            logits, np.array([1]), weight=weight, label_smoothing=smoothing
+        )
+        expected = (0.5 + 2 * 0.5 / 3) * np.log(2)
+        assert_close(losses, np.array([expected], "float32"), 2)
+        assert np.all(np.isfinite(gradient))
+
+
+def test_traced_smoothing_of_zero_ignores_minus_infinity():
+    logits = np.array([[-INF, 0, 0]], "float32")
+    losses, gradient = loss_and_gradient(logits, np.array([1]), label_smoothing=jnp.asarray(0.0))
+    assert_close(losses, np.array([np.log(2)], "float32"), 1)
+    np.testing.assert_array_equal(gradient, [[0, -0.5, 0.5]])
+
+
+def test_infinite_class_weight_hurts_only_its_class():
+    weight = np.array([1, INF], "float32")  # 1 / count of a class that never occurs
+    losses, gradient = loss_and_gradient(np.zeros((1, 2), "float32"), np.array([0]), weight=weight)
+    assert_close(losses, np.array([np.log(2)], "float32"), 1)
+    np.testing.assert_array_equal(gradient, [[-0.5, 0.5]])
+    assert np.isfinite(jaxent.cross_entropy(np.zeros((1, 2)), np.array([0]), weight=weight))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_nan_in_a_counted_row_shows_in_its_row_alone(bad):
+    logits = np.array([[bad, 0, 0], [0, 1, 2]], "float32")
+    losses, gradient = loss_and_gradient(logits, np.array([1, 1]))
+    assert np.isnan(losses[0]) and np.isfinite(losses[1])
+    assert np.all(np.isnan(gradient[0])) and np.all(np.isfinite(gradient[1]))
+
+
+@pytest.mark.parametrize("how", ["ignored", "weightless", "classless"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 9.0}])
+def test_nan_in_an_uncounted_row_reaches_nothing(how, bad, options):
+    logits = np.array([[bad, bad, bad], [0, 1, 2]], "float32")
+    arguments = {"targets": np.array([0, 1]), "weight": np.array([1, 2, 3], "float32")}
+    if how == "ignored":
+        arguments["targets"] = np.array([-100, 1])
+    elif how == "weightless":
+        arguments["sample_weight"] = np.array([0, 1], "float32")
+    else:
+        arguments["class_mask"] = np.array([[False], [True]]) & np.ones((2, 3), bool)
+
+    def mean(logits, weight):
+        return jaxent.cross_entropy(logits, **(arguments | {"weight": weight}), **options)
+
+    value, (gradient, by_weight) = jax.jit(jax.value_and_grad(mean, (0, 1)))(
+        logits, arguments["weight"]
+    )
+    alone = jaxent.cross_entropy(logits[1:], np.array([1]), weight=arguments["weight"], **options)
+    assert_close(value, alone, 2)
+    np.testing.assert_array_equal(gradient[0], 0)
+    assert np.all(np.isfinite(gradient)) and np.any(gradient[1] != 0)
+    assert np.all(np.isfinite(by_weight))
+
+
+def test_nan_probability_targets_of_weight_zero_reach_nothing():
+    targets = np.array([[NAN, NAN], [0.5, 0.5]], "float32")
+    logits = np.array([[NAN, 1], [1, 2]], "float32")
+
+    def mean(logits, targets, weight):
+        return jaxent.cross_entropy(
+            logits, targets, weight=weight, sample_weight=np.array([False, True])
+        )
+
+    value, grads = jax.value_and_grad(mean, (0, 1, 2))(logits, targets, np.ones(2, "float32"))
+    assert_close(value, jaxent.cross_entropy(logits[1:], targets[1:]), 2)
+    assert all(np.all(np.isfinite(grad)) for grad in grads)
+
+
+def test_float16_near_its_maximum():
+    logits = np.array([[65504, -65504, 0], [65504, 65504, 0]], "float16")
+    losses, gradient = loss_and_gradient(logits, np.array([1, 0]))
+    assert losses.dtype == "float32" and gradient.dtype == "float16"
+    assert_close(losses, np.array([131008, np.log(2)], "float32"), 1)
+    np.testing.assert_array_equal(gradient, [[1, -1, 0], [-0.5, 0.5, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_log_softmax_keeps_its_dtype_and_is_exact_to_its_rounding(dtype):
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(10 * random.normal(size=(8, 50)), dtype)
+    log_probs = jaxent.log_softmax(logits)
+    assert log_probs.dtype == dtype
+    with jax.enable_x64(True):
+        exact = np.asarray(reference.log_softmax(logits.astype("float64")))
+    error = np.abs(np.asarray(log_probs, "float64") - exact)
+    assert np.all(error <= 0.51 * eps(dtype) * np.abs(exact) + 4 * eps("float32") * 50)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_loss_is_as_exact_as_float32(dtype):
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(3 * random.normal(size=(64, 1000)), dtype)
+    targets = random.integers(0, 1000, 64)
+    loss = jaxent.cross_entropy(logits, targets)
+    with jax.enable_x64(True):
+        exact = reference.cross_entropy(logits.astype("float64"), targets)
+    assert loss.dtype == "float32"
+    assert_close(loss, exact, 4, "float32")
+
+
+# Targets out of range
+
+
+@pytest.mark.parametrize("target", [-1, 3, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("function", [jaxent.cross_entropy, jaxent.nll])
+def test_target_out_of_range_is_nan_in_its_own_row(function, target):
+    logits = jnp.array([[0.5, 1, 2], [1, 0, -1.0], [0, 0, 1.0]])
+    targets = jnp.array([0, target, 2])
+    clean = jnp.array([0, 1, 2])
+
+    def losses(targets, reduction="none", **keywords):
+        return lambda x: function(x, targets, reduction=reduction, **keywords)
+
+    np.testing.assert_array_equal(np.isnan(losses(targets)(logits)), [False, True, False])
+    np.testing.assert_array_equal(losses(targets)(logits)[::2], losses(clean)(logits)[::2])
+    for reduction in ("sum", "mean"):
+        assert np.isnan(losses(targets, reduction)(logits))
+        gradient = jax.grad(losses(targets, reduction))(logits)
+        assert np.all(np.isnan(gradient[1]))
+        expected = jax.grad(losses(clean, reduction))(logits)
+        np.testing.assert_array_equal(gradient[::2], expected[::2])
+
+
+def test_target_out_of_range_poisons_the_gradients_that_examples_share():
+    logits, targets = jnp.zeros((2, 3)), jnp.array([0, 3])
+
+    def mean(weight, smoothing, z_loss, sample_weight):
+        return jaxent.cross_entropy(
+            logits,
+            targets,
+            weight=weight,
+            label_smoothing=smoothing,
+            z_loss=z_loss,
+            sample_weight=sample_weight,
+        )
+
+    arguments = jnp.ones(3), 0.1, 0.1, jnp.ones(2)
+    for name, gradient in zip(
+        ("weight", "smoothing", "z_loss"), jax.grad(mean, (0, 1, 2))(*arguments)
+    ):
+        assert np.all(np.isnan(gradient)), name
+    hard = jax.grad(lambda w: jaxent.cross_entropy(logits, targets, weight=w))(jnp.ones(3))
+    assert np.all(np.isnan(hard))
+
+
+def test_uncounted_target_out_of_range_is_no_error():
+    logits, targets = jnp.array([[0.0, 1.0], [2.0, 1.0]]), jnp.array([7, 0])
+    keywords = {"sample_weight": jnp.array([0.0, 1.0])}
+    loss, gradient = jax.value_and_grad(lambda x: jaxent.cross_entropy(x, targets, **keywords))(
+        logits
+    )
+    assert_close(loss, jaxent.cross_entropy(logits[1:], targets[1:]), 1)
+    np.testing.assert_array_equal(gradient[0], 0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_narrow_targets_neither_wrap_nor_alias(dtype):
+    limits = jnp.iinfo(dtype)
+    logits = np.random.default_rng(0).normal(size=(3, 300)).astype("float32")
+    targets = np.array([limits.min, 5, min(limits.max, 2**31 - 1)], dtype)
+    losses = np.asarray(jaxent.cross_entropy(logits, targets, reduction="none"))
+    plain = -np.asarray(jaxent.log_softmax(logits))
+    expected = [plain[i, t] if 0 <= t < 300 else NAN for i, t in enumerate(targets.tolist())]
+    assert_close(losses, np.array(expected, "float32"), 4)
+    # -100 is 156 in eight bits: no such target is ignored.
+    if limits.min == 0:
+        alias = np.array([limits.max - 99] * 3).astype(dtype)
+        aliased = np.asarray(jaxent.cross_entropy(logits, alias, reduction="none"))
+        assert np.all(np.isnan(aliased) if limits.max > 300 else aliased > 0)
+
+
+def test_ignore_index_that_the_dtype_cannot_hold_ignores_nothing():
+    logits, targets = jnp.zeros((2, 3)), np.array([0, 44], "int8")
+    losses = jaxent.cross_entropy(logits, targets, ignore_index=300, reduction="none")
+    np.testing.assert_array_equal(np.isnan(losses), [False, True])
+
+
+def test_int64_targets_beyond_32_bits_are_out_of_range():
+    with jax.enable_x64(True):
+        targets = jnp.array([2**32, 1, -(2**32)])
+        losses = jaxent.cross_entropy(jnp.zeros((3, 3)), targets, reduction="none")
+        np.testing.assert_array_equal(np.isnan(losses), [True, False, True])
+
+
+def test_ignore_index_none_counts_minus_100():
+    loss = jaxent.cross_entropy(jnp.zeros((2, 3)), jnp.array([0, -100]), ignore_index=None)
+    assert np.isnan(loss)
+
+
+@pytest.mark.parametrize("function", [jaxent.cross_entropy, jaxent.nll])
+def test_checkify_names_the_index_and_the_number_of_classes(function):
+    def loss(logits, targets):
+        return function(logits, targets)
+
+    checked = jax.jit(checkify.checkify(loss, errors=checkify.user_checks))
+    error, _ = checked(jnp.zeros((2, 10)), jnp.array([3, 17]))
+    with pytest.raises(checkify.JaxRuntimeError, match=r"target 17 is outside \[0, 10\)"):
+        error.throw()
+    error, _ = checked(jnp.zeros((2, 10)), jnp.array([3, -7]))
+    with pytest.raises(checkify.JaxRuntimeError, match=r"target -7 is outside \[0, 10\)"):
+        error.throw()
+    error, loss = checked(jnp.zeros((2, 10)), jnp.array([3, -100]))
+    error.throw()
+    assert np.isfinite(loss)
+
+
+# Nothing to average, one class, and traced numbers out of range
+
+
+@pytest.mark.parametrize("kind", ["empty", "ignored", "weightless"])
+def test_mean_over_nothing_is_zero_with_zero_gradient(kind):
+    logits = jnp.zeros((0 if kind == "empty" else 2, 3))
+    targets = jnp.full(len(logits), -100 if kind == "ignored" else 0)
+    weights = jnp.zeros(len(logits)) if kind == "weightless" else None
+
+    def mean(x):
+        return jaxent.cross_entropy(x, targets, sample_weight=weights, z_loss=0.1)
+
+    loss, gradient = jax.value_and_grad(mean)(logits)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, np.zeros(logits.shape))
+
+
+def test_one_class_is_certain():
+    losses, gradient = loss_and_gradient(np.array([[3.0], [-5.0]], "float32"), np.array([0, 0]))
+    np.testing.assert_array_equal(losses, 0)
+    np.testing.assert_array_equal(gradient, np.zeros((2, 1)))
+
+
+def test_excluded_target_is_an_infinite_loss():
+    losses, gradient = loss_and_gradient(
+        np.zeros((1, 3), "float32"), np.array([2]), class_mask=np.array([True, True, False])
+    )
+    np.testing.assert_array_equal(losses, [INF])
+    np.testing.assert_array_equal(gradient, [[0.5, 0.5, 0]])
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, NAN])
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_traced_smoothing_out_of_range_is_nan(module, smoothing):
+    loss = jax.jit(
+        lambda e: module.cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1]), label_smoothing=e)
+    )
+    assert np.isnan(loss(smoothing)) and np.isfinite(loss(0.1))
+
+
+def test_softcap_bounds_what_infinity_does():
+    losses, gradient = loss_and_gradient(
+        np.array([[INF, -INF]], "float32"), np.array([1]), softcap=2.0
+    )
+    assert_close(losses, np.array([np.log1p(np.exp(4))], "float32"), 2)
+    np.testing.assert_array_equal(gradient, [[0, 0]])

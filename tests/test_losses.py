@@ -1,0 +1,524 @@
+"""The loss objects: at home wherever Flax users put things, and equal to their functions."""
+
+import copy
+import inspect
+import pickle
+
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxent
+
+WEIGHT = np.array([1.0, 2.0, 0.5], np.float32)
+LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+LABELS = jnp.array([0, 2, -100, 1])
+
+
+def assert_close(actual, expected):
+    """Equal to a few roundings: at most one program is compiled otherwise than the other."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    eps = np.finfo(expected.dtype).eps
+    np.testing.assert_allclose(actual, expected, rtol=8 * eps, atol=8 * eps)
+
+
+def configured():
+    return jaxent.CrossEntropyLoss(
+        weight=WEIGHT, label_smoothing=jnp.float32(0.1), class_mask=[True] * 3, softcap=30.0
+    )
+
+
+def expected_of_configured():
+    return jaxent.cross_entropy(LOGITS, LABELS, weight=WEIGHT, label_smoothing=0.1, softcap=30.0)
+
+
+# ---- nnx ------------------------------------------------------------------------------
+
+
+class Classifier(nnx.Module):
+    def __init__(self, loss, rngs):
+        self.dense = nnx.Linear(3, 3, rngs=rngs)
+        self.loss = loss
+
+    def __call__(self, x, labels):
+        return self.loss(self.dense(x), labels)
+
+
+LOSSES = {
+    "without weight": jaxent.CrossEntropyLoss,
+    "with weight": lambda: jaxent.CrossEntropyLoss(weight=WEIGHT),
+    "with all": configured,
+    "nll with weight": lambda: jaxent.NLLLoss(weight=WEIGHT),
+}
+
+
+def classifier(loss):
+    return Classifier(LOSSES[loss](), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nnx_module_holds_a_loss_and_runs_under_nnx_jit(loss):
+    model = classifier(loss)
+    expected = model.loss(model.dense(LOGITS), LABELS)
+    assert_close(nnx.jit(lambda model: model(LOGITS, LABELS))(model), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nnx_split_and_merge_give_the_loss_back(loss):
+    model = classifier(loss)
+    merged = nnx.merge(*nnx.split(model))
+    assert type(merged.loss) is type(model.loss)
+    assert repr(merged.loss) == repr(model.loss)
+    assert_close(merged(LOGITS, LABELS), model(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_a_loss_holds_is_no_parameter(loss):
+    names = {path for path, _ in nnx.to_flat_state(nnx.state(classifier(loss), nnx.Param))}
+    assert names == {("dense", "kernel"), ("dense", "bias")}
+
+
+def test_nnx_state_shows_the_arrays_of_a_loss():
+    state = nnx.state(classifier("with all"))
+    assert set(state["loss"]) == {"weight", "label_smoothing", "class_mask"}
+    np.testing.assert_array_equal(state["loss"]["weight"], WEIGHT)
+    assert "loss" not in nnx.state(classifier("without weight"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nnx_grad_of_parameters_is_that_of_a_model_without_a_loss_object(loss):
+    model = classifier(loss)
+    actual = nnx.grad(lambda model: model(LOGITS, LABELS))(model)
+
+    def plain(params):
+        logits = LOGITS @ params["kernel"] + params["bias"]
+        if loss == "nll with weight":
+            return jaxent.nll(logits, LABELS, weight=WEIGHT)
+        smoothing, softcap = (0.1, 30.0) if loss == "with all" else (0.0, None)
+        return jaxent.cross_entropy(
+            logits,
+            LABELS,
+            weight=None if loss == "without weight" else WEIGHT,
+            label_smoothing=smoothing,
+            softcap=softcap,
+        )
+
+    expected = jax.grad(plain)({"kernel": model.dense.kernel[...], "bias": model.dense.bias[...]})
+    assert set(actual) == {"dense"}
+    for name in ("kernel", "bias"):
+        assert np.any(expected[name] != 0)
+        assert_close(actual["dense"][name][...], expected[name])
+
+
+# ---- linen ----------------------------------------------------------------------------
+
+
+class Linen(linen.Module):
+    loss: jaxent.CrossEntropyLoss
+
+    @linen.compact
+    def __call__(self, x, labels):
+        return self.loss(linen.Dense(3)(x), labels)
+
+
+@pytest.mark.parametrize("loss", ["without weight", "with weight", "with all"])
+def test_linen_module_holds_a_loss_as_a_field(loss):
+    loss = LOSSES[loss]()
+    module = Linen(loss)
+    assert hash(module) == hash(Linen(loss)) and module == Linen(loss)
+    assert module.clone().loss is loss
+    variables = module.init(jax.random.key(0), LOGITS, LABELS)
+    assert set(variables) == {"params"}
+    dense = variables["params"]["Dense_0"]
+    expected = loss(LOGITS @ dense["kernel"] + dense["bias"], LABELS)
+    assert_close(jax.jit(module.apply)(variables, LOGITS, LABELS), expected)
+
+
+def test_linen_module_is_a_static_argument_with_a_loss_in_it():
+    module = Linen(configured())
+    variables = module.init(jax.random.key(0), LOGITS, LABELS)
+    apply = jax.jit(
+        lambda module, variables: module.apply(variables, LOGITS, LABELS), static_argnums=0
+    )
+    assert_close(apply(module, variables), module.apply(variables, LOGITS, LABELS))
+
+
+# ---- JAX's transformations ------------------------------------------------------------
+
+
+def counting_jit():
+    """A jitted call of a loss, and the list that grows by one each time it is traced."""
+    traces = []
+
+    @jax.jit
+    def call(loss):
+        traces.append(loss)
+        return loss(LOGITS, LABELS)
+
+    return call, traces
+
+
+def test_changed_values_of_arrays_do_not_retrace():
+    call, traces = counting_jit()
+    for factor in (1.0, 2.0, 3.0):
+        weight = WEIGHT ** jnp.float32(factor)
+        smoothing, z_loss = jnp.float32(0.1 * factor), jnp.float32(0.01 * factor)
+        loss = jaxent.CrossEntropyLoss(weight=weight, label_smoothing=smoothing, z_loss=z_loss)
+        expected = jaxent.cross_entropy(
+            LOGITS, LABELS, weight=weight, label_smoothing=smoothing, z_loss=z_loss
+        )
+        assert_close(call(loss), expected)
+    assert len(traces) == 1
+
+
+def test_equal_configuration_does_not_retrace():
+    call, traces = counting_jit()
+    for loss in (configured(), configured(), copy.deepcopy(configured())):
+        call(loss)
+    call(pickle.loads(pickle.dumps(configured())))
+    call(nnx.merge(*nnx.split(configured())))
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reduction": "sum"},
+        {"ignore_index": 0},
+        {"label_smoothing": 0.2},
+        {"z_loss": 0.1},
+        {"softcap": 1.0},
+        {"weight": WEIGHT},
+    ],
+    ids=str,
+)
+def test_changed_statics_retrace(changed):
+    call, traces = counting_jit()
+    before = call(jaxent.CrossEntropyLoss())
+    after = call(jaxent.CrossEntropyLoss(**changed))
+    assert len(traces) == 2
+    assert before != after
+    assert_close(after, jaxent.cross_entropy(LOGITS, LABELS, **changed))
+
+
+def test_vmap_over_stacked_weights_is_a_loss_for_each():
+    weights = jnp.stack([WEIGHT, WEIGHT**2, jnp.ones(3)])
+    losses = jax.vmap(lambda w: jaxent.CrossEntropyLoss(weight=w))(weights)
+    assert losses.weight.shape == (3, 3)
+    actual = jax.vmap(lambda loss: loss(LOGITS, LABELS))(losses)
+    expected = [jaxent.cross_entropy(LOGITS, LABELS, weight=w) for w in weights]
+    assert_close(actual, jnp.stack(expected))
+
+
+def test_vmap_over_examples_with_one_loss():
+    loss = jaxent.CrossEntropyLoss(weight=WEIGHT, reduction="none", axis=-1)
+    actual = jax.vmap(loss)(LOGITS, LABELS)
+    assert_close(actual, loss(LOGITS, LABELS))
+
+
+def test_scan_closes_over_a_loss():
+    loss = configured()
+    _, values = jax.lax.scan(lambda c, x: (c, loss(x, LABELS)), 0, jnp.stack([LOGITS, -LOGITS]))
+    assert_close(values, jnp.stack([loss(LOGITS, LABELS), loss(-LOGITS, LABELS)]))
+
+
+def test_scan_carries_a_loss_and_changes_its_weight():
+    def step(loss, _):
+        value = loss(LOGITS, LABELS)
+        return jax.tree.map(lambda w: 2 * w, loss), value
+
+    loss = jaxent.CrossEntropyLoss(weight=WEIGHT, reduction="sum")
+    last, values = jax.lax.scan(step, loss, length=3)
+    once = loss(LOGITS, LABELS)
+    assert_close(values, jnp.stack([once, 2 * once, 4 * once]))
+    assert isinstance(last, jaxent.CrossEntropyLoss)
+    np.testing.assert_array_equal(last.weight, 8 * WEIGHT)
+
+
+def test_scan_runs_over_stacked_losses():
+    losses = jax.tree.map(lambda w: jnp.stack([w, w**2]), jaxent.NLLLoss(weight=WEIGHT))
+    _, values = jax.lax.scan(lambda c, loss: (c, loss(LOGITS, LABELS)), 0, losses)
+    expected = [jaxent.nll(LOGITS, LABELS, weight=WEIGHT**k) for k in (1, 2)]
+    assert_close(values, jnp.stack(expected))
+
+
+def test_grad_with_respect_to_a_loss_is_a_loss_that_holds_gradients():
+    def of_arrays(weight, smoothing):
+        return jaxent.cross_entropy(LOGITS, LABELS, weight=weight, label_smoothing=smoothing)
+
+    loss = jaxent.CrossEntropyLoss(weight=WEIGHT, label_smoothing=jnp.float32(0.1))
+    gradient = jax.grad(lambda loss: loss(LOGITS, LABELS))(loss)
+    expected = jax.grad(of_arrays, argnums=(0, 1))(jnp.asarray(WEIGHT), jnp.float32(0.1))
+    assert_close(gradient.weight, expected[0])
+    assert_close(gradient.label_smoothing, expected[1])
+    assert np.all(expected[0] != 0) and expected[1] != 0
+
+
+def test_loss_is_made_inside_jit_from_tracers():
+    @jax.jit
+    def call(weight, smoothing):
+        return jaxent.CrossEntropyLoss(weight=weight, label_smoothing=smoothing, softcap=30.0)(
+            LOGITS, LABELS
+        )
+
+    assert_close(call(jnp.asarray(WEIGHT), 0.1), expected_of_configured())
+
+
+# ---- Copies and files -----------------------------------------------------------------
+
+
+def assert_same_loss(actual, original):
+    assert actual is not original and type(actual) is type(original)
+    assert repr(actual) == repr(original)
+    assert jax.tree.structure(actual) == jax.tree.structure(original)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(original), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+    np.testing.assert_array_equal(actual(LOGITS, LABELS), original(LOGITS, LABELS))
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda loss: pickle.loads(pickle.dumps(loss)),
+    "tree_map": lambda loss: jax.tree.map(jnp.copy, loss),
+    "nnx.clone": nnx.clone,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_copy_is_the_same_loss(loss, how):
+    original = LOSSES[loss]()
+    assert_same_loss(COPIES[how](original), original)
+
+
+def test_deepcopy_of_a_model_copies_its_loss():
+    model = classifier("with all")
+    assert_same_loss(copy.deepcopy(model).loss, model.loss)
+
+
+def zeroed(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def abstract(tree):
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+@pytest.mark.parametrize("loss", ["with weight", "with all", "nll with weight"])
+def test_orbax_restores_a_loss(loss, tmp_path):
+    original = LOSSES[loss]()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "loss", original)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "loss", abstract(zeroed(original)))
+    assert_same_loss(restored, original)
+
+
+@pytest.mark.parametrize("loss", ["without weight", "with all"])
+def test_orbax_restores_the_state_of_a_model_with_its_loss(loss, tmp_path):
+    model = classifier(loss)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", nnx.state(model))
+        checkpointer.wait_until_finished()
+        other = Classifier(zeroed(LOSSES[loss]()), nnx.Rngs(1))
+        before = other(LOGITS, LABELS)
+        nnx.update(other, checkpointer.restore(tmp_path / "model", abstract(nnx.state(other))))
+    assert_same_loss(other.loss, model.loss)
+    assert other(LOGITS, LABELS) == model(LOGITS, LABELS) != before
+
+
+# ---- What they look like --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loss, text",
+    [
+        (jaxent.CrossEntropyLoss(), "CrossEntropyLoss()"),
+        (jaxent.NLLLoss(), "NLLLoss()"),
+        (
+            jaxent.NLLLoss(weight=[1.0, 2.0], ignore_index=None, reduction="sum", axis=1),
+            "NLLLoss(weight=float32[2], ignore_index=None, reduction='sum', axis=1)",
+        ),
+        (
+            jaxent.NLLLoss(axis_name="data"),
+            "NLLLoss(axis_name='data')",
+        ),
+        (
+            jaxent.CrossEntropyLoss(
+                weight=WEIGHT,
+                ignore_index=-1,
+                reduction="none",
+                label_smoothing=0.1,
+                axis=-1,
+                class_mask=[True, True, False],
+                z_loss=1e-4,
+                softcap=30,
+                axis_name=["rows", "columns"],
+            ),
+            "CrossEntropyLoss(weight=float32[3], ignore_index=-1, reduction='none', "
+            "label_smoothing=0.1, axis=-1, class_mask=bool[3], z_loss=0.0001, softcap=30.0, "
+            "axis_name=('rows', 'columns'))",
+        ),
+        (
+            jaxent.CrossEntropyLoss(label_smoothing=jnp.float32(0), z_loss=np.float32(0.5)),
+            "CrossEntropyLoss(label_smoothing=float32[], z_loss=0.5)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_repr_says_what_differs_from_the_defaults(loss, text):
+    assert repr(loss) == text
+    assert str(loss) == text
+
+
+def test_repr_of_a_default_loss_is_how_to_make_it():
+    loss = jaxent.CrossEntropyLoss(ignore_index=None, reduction="sum", z_loss=0.5, axis=1)
+    again = eval(repr(loss), {"CrossEntropyLoss": jaxent.CrossEntropyLoss})
+    assert_same_loss(again, jaxent.CrossEntropyLoss(**loss._keywords()))
+
+
+def test_repr_inside_jit_shows_shapes():
+    texts = []
+    jax.jit(lambda loss: texts.append(repr(loss)))(configured())
+    assert texts == [
+        "CrossEntropyLoss(weight=float32[3], label_smoothing=float32[], class_mask=bool[3], "
+        "softcap=30.0)"
+    ]
+
+
+# ---- Bad configuration ----------------------------------------------------------------
+
+BAD_FOR_BOTH = [
+    ({"reduction": "avg"}, ValueError, r"reduction must be one of .*'mean'.*, got 'avg'"),
+    ({"reduction": None}, ValueError, "reduction must be one of .*, got None"),
+    ({"weight": [[1.0, 2.0]]}, ValueError, r"weight is \[1, 2\]: it must be \[C\]"),
+    ({"weight": 2.0}, ValueError, r"weight is \[\]: it must be \[C\]"),
+    ({"weight": [1j, 2]}, TypeError, r"weight must be real, got complex64\[2\]"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be a Python integer or None, got 1.5"),
+    ({"ignore_index": "pad"}, TypeError, "ignore_index must be .*'pad'"),
+]
+BAD = [(jaxent.NLLLoss, *case) for case in BAD_FOR_BOTH] + [
+    (jaxent.CrossEntropyLoss, *case)
+    for case in [
+        *BAD_FOR_BOTH,
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
+        ({"label_smoothing": [0.1, 0.2]}, ValueError, r"label_smoothing must be a scalar, .*\[2\]"),
+        ({"label_smoothing": np.float64(2)}, ValueError, r"label_smoothing must be in \[0, 1\]"),
+        ({"z_loss": [1.0]}, ValueError, r"z_loss must be a scalar, got float32\[1\]"),
+        ({"z_loss": float("nan")}, ValueError, "z_loss must be .*nan"),
+        ({"softcap": -1.0}, ValueError, "softcap must be a positive Python float or None, got -1"),
+        ({"softcap": 0}, ValueError, "softcap must be a positive Python float or None, got 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be .*, got inf"),
+        ({"class_mask": [1, 0, 1]}, TypeError, "class_mask is int32.* must be bool"),
+        ({"axis": "classes"}, TypeError, "axis"),
+        ({"axis": 1.0}, TypeError, "axis"),
+    ]
+]
+
+
+@pytest.mark.parametrize("make, keywords, error, message", BAD, ids=str)
+def test_bad_configuration_is_refused_at_construction(make, keywords, error, message):
+    with pytest.raises(error, match=message):
+        make(**keywords)
+
+
+@pytest.mark.parametrize("make", [jaxent.NLLLoss, jaxent.CrossEntropyLoss])
+def test_unknown_and_positional_configuration_is_refused(make):
+    with pytest.raises(TypeError, match="smoothing"):
+        make(smoothing=0.1)
+    with pytest.raises(TypeError, match="positional"):
+        make(WEIGHT)
+
+
+def test_bad_keywords_of_a_call_are_refused_at_the_call():
+    loss = jaxent.CrossEntropyLoss()
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        loss(LOGITS, LABELS, reduction="avg")
+    with pytest.raises(TypeError, match="smoothing"):
+        loss(LOGITS, LABELS, smoothing=0.1)
+
+
+def test_weight_of_the_wrong_length_is_refused_at_the_call():
+    with pytest.raises(ValueError, match=r"weight is \[2\]: it must be \[3\]"):
+        jaxent.CrossEntropyLoss(weight=[1.0, 2.0])(LOGITS, LABELS)
+
+
+# ---- Equal to their functions ---------------------------------------------------------
+
+
+def test_keywords_of_the_call_go_before_those_of_the_object():
+    loss = jaxent.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1, ignore_index=0)
+    actual = loss(
+        LOGITS, LABELS, weight=None, reduction="none", ignore_index=-100, sample_weight=[1, 2, 3, 0]
+    )
+    expected = jaxent.cross_entropy(
+        LOGITS, LABELS, label_smoothing=0.1, reduction="none", sample_weight=[1, 2, 3, 0]
+    )
+    assert_close(actual, expected)
+    assert repr(loss) == (
+        "CrossEntropyLoss(weight=float32[3], ignore_index=0, label_smoothing=0.1)"
+    )
+
+
+def mostly(default, *others):
+    return st.sampled_from([default, *others])
+
+
+SHARED_OPTIONS = {
+    "weight": mostly(None, WEIGHT, [3.0, 0.0, 1.0]),
+    "ignore_index": mostly(-100, None, 0, 2),
+    "reduction": mostly("mean", "sum", "none"),
+    "axis": mostly(None, 1, -1),
+}
+CROSS_ENTROPY_OPTIONS = SHARED_OPTIONS | {
+    "label_smoothing": mostly(0.0, 0.1, 1.0, jnp.float32(0.3)),
+    "class_mask": mostly(None, [True, True, True], [True, False, True]),
+    "z_loss": mostly(0.0, 0.01, jnp.float32(0.1)),
+    "softcap": mostly(None, 2.0),
+}
+CALLS = st.fixed_dictionaries(
+    {},
+    optional={
+        "sample_weight": mostly(None, [1.0, 0.0, 2.0, 0.5], [True, False, True, True]),
+        "reduction": mostly("mean", "sum", "none"),
+    },
+)
+
+
+def same_as_function(make, function, options, call):
+    actual = make(**options)(LOGITS, LABELS, **call)
+    np.testing.assert_array_equal(actual, function(LOGITS, LABELS, **(options | call)))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.fixed_dictionaries({}, optional=CROSS_ENTROPY_OPTIONS), CALLS)
+def test_cross_entropy_object_equals_its_function(options, call):
+    same_as_function(jaxent.CrossEntropyLoss, jaxent.cross_entropy, options, call)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.fixed_dictionaries({}, optional=SHARED_OPTIONS), CALLS)
+def test_nll_object_equals_its_function(options, call):
+    same_as_function(jaxent.NLLLoss, jaxent.nll, options, call)
+
+
+@pytest.mark.parametrize(
+    "make, function",
+    [(jaxent.NLLLoss, jaxent.nll), (jaxent.CrossEntropyLoss, jaxent.cross_entropy)],
+)
+def test_object_takes_its_functions_keywords_with_their_defaults(make, function):
+    """All but sample_weight, which belongs to a batch and goes with the call."""
+    of_object = inspect.signature(make).parameters
+    of_function = inspect.signature(function).parameters
+    keywords = {k: p.default for k, p in of_function.items() if p.kind is p.KEYWORD_ONLY}
+    del keywords["sample_weight"]
+    assert {k: p.default for k, p in of_object.items()} == keywords

@@ -1,0 +1,183 @@
+"""PyTorch's loss modules and deprecated flags, read as ours."""
+
+import itertools
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxent
+from jaxent import porting
+
+FLAGS = (None, True, False)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize(
+    ("size_average", "reduce", "reduction"),
+    [
+        (True, None, "mean"),
+        (False, None, "sum"),
+        (None, True, "mean"),
+        (None, False, "none"),
+        (True, True, "mean"),
+        (True, False, "none"),
+        (False, True, "sum"),
+        (False, False, "none"),
+    ],
+)
+@pytest.mark.parametrize("overruled", ["none", "mean", "sum"])
+def test_deprecated_flags_overrule_the_reduction(size_average, reduce, reduction, overruled):
+    with pytest.warns(DeprecationWarning, match=f"pass reduction='{reduction}'") as caught:
+        assert porting.legacy_reduction(size_average, reduce, overruled) == reduction
+    assert [w.filename for w in caught] == [__file__]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_without_flags_the_reduction_stays_and_nothing_warns(reduction):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert porting.legacy_reduction(reduction=reduction) == reduction
+        assert porting.legacy_reduction() == "mean"
+
+
+def test_flags_decide_as_in_pytorch(torch):
+    for size_average, reduce in itertools.product(FLAGS, FLAGS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = torch.nn.NLLLoss(size_average=size_average, reduce=reduce, reduction="sum")
+            ours = porting.legacy_reduction(size_average, reduce, "sum")
+        assert ours == module.reduction, (size_average, reduce)
+
+
+def test_importing_porting_does_not_import_torch():
+    code = "import sys, jaxent.porting; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shape", [(4,), (6, 4), (2, 4, 3)])
+def test_cross_entropy_module_computes_the_same_here(torch, shape):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=shape).astype(np.float32)
+    labels = np.asarray(rng.integers(1, 4, () if len(shape) == 1 else shape[:1] + shape[2:]))
+    if labels.ndim:
+        labels[-1] = 0  # ignored
+    module = torch.nn.CrossEntropyLoss(
+        torch.tensor([1.0, 0.5, 2.0, 3.0]), ignore_index=0, reduction="sum", label_smoothing=0.2
+    )
+    loss = porting.from_torch(module)
+    assert repr(loss) == (
+        "CrossEntropyLoss(weight=float32[4], ignore_index=0, reduction='sum', "
+        "label_smoothing=0.2, axis=1)"
+    )
+    expected = module(torch.tensor(logits), torch.tensor(labels)).item()
+    assert expected > 0
+    np.testing.assert_allclose(jax.jit(loss)(logits, labels), expected, rtol=1e-5)
+
+
+def test_nll_module_computes_the_same_here(torch):
+    logits = np.random.default_rng(1).normal(size=(5, 3, 2)).astype(np.float32)
+    labels = np.array([[0, 1], [2, 9], [1, 1], [9, 0], [2, 0]])
+    module = torch.nn.NLLLoss(torch.tensor([1.0, 2.0, 3.0]), ignore_index=9)
+    loss = porting.from_torch(module)
+    assert repr(loss) == "NLLLoss(weight=float32[3], ignore_index=9, axis=1)"
+    expected = module(torch.log_softmax(torch.tensor(logits), 1), torch.tensor(labels)).item()
+    ours = loss(jaxent.log_softmax(logits, axis=1), labels)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+
+
+def test_defaults_stay_defaults(torch):
+    assert repr(porting.from_torch(torch.nn.CrossEntropyLoss())) == "CrossEntropyLoss(axis=1)"
+    assert repr(porting.from_torch(torch.nn.NLLLoss())) == "NLLLoss(axis=1)"
+
+
+def test_deprecated_flags_of_a_module_arrive_as_its_reduction(torch):
+    with pytest.warns(UserWarning, match="reduction='sum'"):
+        module = torch.nn.CrossEntropyLoss(size_average=False)
+    assert porting.from_torch(module).reduction == "sum"
+
+
+def test_square_shapes_are_read_as_pytorch_reads_them(torch):
+    logits = np.random.default_rng(2).normal(size=(2, 3, 3)).astype(np.float32)
+    labels = np.array([[0, 1, 2], [2, 2, 0]])
+    module = torch.nn.CrossEntropyLoss()
+    expected = module(torch.tensor(logits), torch.tensor(labels)).item()
+    np.testing.assert_allclose(porting.from_torch(module)(logits, labels), expected, rtol=1e-6)
+    other = jaxent.cross_entropy(logits, labels, axis=-1)
+    assert abs(other - expected) > 1e-2  # the other reading is another number
+
+
+def test_subclasses_are_taken_for_what_they_extend(torch):
+    class Mine(torch.nn.CrossEntropyLoss):
+        pass
+
+    assert type(porting.from_torch(Mine(label_smoothing=0.5))) is jaxent.CrossEntropyLoss
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NLLLoss2d is deprecated
+        assert type(porting.from_torch(torch.nn.NLLLoss2d())) is jaxent.NLLLoss
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_weight_of_any_dtype_comes_as_float32(torch, dtype):
+    weight = torch.tensor([1.0, 0.5, 2.5], dtype=getattr(torch, dtype))
+    loss = porting.from_torch(torch.nn.CrossEntropyLoss(weight))
+    assert loss.weight.dtype == jnp.float32
+    np.testing.assert_array_equal(loss.weight, [1.0, 0.5, 2.5])
+
+
+def test_weight_is_a_copy_detached_from_its_module(torch):
+    module = torch.nn.NLLLoss(torch.ones(3, requires_grad=True))
+    loss = porting.from_torch(module)
+    with torch.no_grad():
+        module.weight.fill_(7.0)
+    np.testing.assert_array_equal(loss.weight, [1.0, 1.0, 1.0])
+
+
+def test_probability_targets_with_an_ignore_index_are_refused_at_the_call_by_both(torch):
+    module = torch.nn.CrossEntropyLoss(ignore_index=0)
+    loss = porting.from_torch(module)
+    logits, targets = np.zeros((2, 3), np.float32), np.full((2, 3), 1 / 3, np.float32)
+    with pytest.raises(RuntimeError, match="ignore_index is not supported"):
+        module(torch.tensor(logits), torch.tensor(targets))
+    with pytest.raises(ValueError, match="ignore_index=0"):
+        loss(logits, targets)
+
+
+def test_other_modules_are_refused_in_a_message_that_says_what_is_taken(torch):
+    class Focal(torch.nn.CrossEntropyLoss):
+        def forward(self, logits, labels):
+            return super().forward(logits, labels) ** 2
+
+    refused = [
+        torch.nn.KLDivLoss(),
+        torch.nn.GaussianNLLLoss(),
+        torch.nn.Linear(2, 2),
+        torch.nn.CrossEntropyLoss,  # the class, not an instance
+        Focal(),
+    ]
+    for module in refused:
+        with pytest.raises(TypeError, match=r"takes a torch\.nn\.CrossEntropyLoss, a torch\.nn\."):
+            porting.from_torch(module)
+    with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.loss\.KLDivLoss"):
+        porting.from_torch(torch.nn.KLDivLoss())
+
+
+def test_losses_of_the_same_name_that_are_not_pytorchs_are_refused():
+    for loss in (jaxent.CrossEntropyLoss(), jaxent.NLLLoss(), None, "CrossEntropyLoss"):
+        with pytest.raises(TypeError, match="from_torch takes"):
+            porting.from_torch(loss)
+
+
+def test_configuration_that_pytorch_refuses_when_called_is_refused(torch):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        porting.from_torch(torch.nn.CrossEntropyLoss(label_smoothing=1.5))
+    with pytest.raises(ValueError, match="reduction"):
+        porting.from_torch(torch.nn.NLLLoss(reduction="median"))
