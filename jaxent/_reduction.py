@@ -9,13 +9,6 @@ from jax.typing import ArrayLike
 
 AxisName = str | Sequence[str] | None
 
-REDUCTIONS = ("mean", "sum", "none")
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-
 
 def total(values: ArrayLike, axis_name: AxisName) -> Array:
     """The sum of all values, here and on the other shards of `axis_name`."""

@@ -1,21 +1,26 @@
 """What the targets are: indices or probabilities, of which class axis, counted or not.
 
-All checks on arguments stand here, so that every public function says the same thing in
-the same words. What comes out is a `Rows`: everything that the primitive and the
-reduction need, with nothing left to decide.
+What comes out is a `Rows`: everything that the primitive and the reduction need, with
+nothing left to decide.
 """
 
 import dataclasses
-import math
-import operator
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import checkify
 from jax.tree_util import Partial
 
+from ._arguments import (
+    read_class_axis,
+    read_class_mask,
+    read_ignore_index,
+    read_label_smoothing,
+    read_logits,
+    read_sample_weight,
+    read_targets,
+    read_weight,
+)
 from ._softmax import along, compute_dtype, pick, times, unless_zero
 
 
@@ -151,204 +156,3 @@ def _check_in_range(targets, outside, num_classes):
         "target {index} is outside [0, " + f"{num_classes}), the classes of the logits",
         index=named,
     )
-
-
-def read_logits(logits, name: str) -> Array:
-    logits = jnp.asarray(logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be a float array, got {logits.dtype}{list(logits.shape)}; "
-            f"the order of arguments is {name}, targets"
-        )
-    if logits.ndim == 0:
-        raise ValueError(f"{name} must have a class axis, got a scalar")
-    return logits
-
-
-def read_targets(targets) -> Array:
-    targets = jnp.asarray(targets)
-    if not jnp.issubdtype(targets.dtype, jnp.floating) and not jnp.issubdtype(
-        targets.dtype, jnp.integer
-    ):
-        raise TypeError(
-            "targets must be integer class indices or float class probabilities, got "
-            f"{targets.dtype}{list(targets.shape)}"
-        )
-    return targets
-
-
-def read_index_targets(targets) -> Array:
-    targets = read_targets(targets)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        raise TypeError(
-            f"targets are {targets.dtype}{list(targets.shape)}: total_weight counts class "
-            "indices; for class probabilities the mean divides by the sum of sample weights"
-        )
-    return targets
-
-
-def check_axis(axis) -> None:
-    if axis is not None and not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"axis must be an integer or None, got {axis!r}")
-
-
-def read_axis(axis, ndim: int, name: str) -> int:
-    check_axis(axis)
-    if ndim == 1 and axis == 1:  # PyTorch's class axis, of one example
-        return 0
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"axis={axis} is out of range for {name} of {ndim} dimensions")
-    return axis % ndim
-
-
-def read_class_axis(axis, logits: Array, targets: Array, name: str) -> int:
-    """The class axis, given or read off the shapes; never guessed."""
-    shape, ndim = logits.shape, logits.ndim
-    shapes = f"{name} are {list(shape)}, targets {targets.dtype}{list(targets.shape)}"
-    # Read off the shapes, it is PyTorch's 1 or JAX's -1; of 1-D logits it is 0.
-    likely = sorted({min(1, ndim - 1), ndim - 1})
-    axes = likely if axis is None else [read_axis(axis, ndim, name)]
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        if targets.shape != shape:
-            raise ValueError(
-                f"{shapes}: float targets are class probabilities and need the shape of the "
-                f"{name}; class indices need an integer dtype"
-            )
-    elif targets.shape == shape:
-        raise ValueError(
-            f"{shapes}: class indices have no class axis; if these are one-hot or "
-            f"probabilities, pass floats: targets.astype({name}.dtype)"
-        )
-    else:
-        lacking = {a: shape[:a] + shape[a + 1 :] for a in axes}
-        axes = [a for a in axes if lacking[a] == targets.shape]
-        if not axes:
-            wanted = " or ".join(f"{list(s)} (axis={a})" for a, s in lacking.items())
-            raise ValueError(
-                f"{shapes}: class indices must be {wanted}, the shape of the {name} without "
-                "the class axis; if that is another axis, pass axis"
-            )
-    if len(axes) == 2:
-        raise ValueError(
-            f"{shapes}: the class axis could be 1 or -1; pass axis=1 (PyTorch's "
-            "(N, C, d1..dK)) or axis=-1 ((..., C))"
-        )
-    if shape[axes[0]] == 0:
-        raise ValueError(f"{shapes}: there are no classes along axis {axes[0]}")
-    return axes[0]
-
-
-def check_class_mask(class_mask) -> None:
-    if class_mask is not None and jnp.asarray(class_mask).dtype != bool:
-        raise TypeError(
-            f"class_mask is {jnp.asarray(class_mask).dtype}: it must be bool, True for the "
-            "classes that exist"
-        )
-
-
-def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | None:
-    """Which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
-    if class_mask is None:
-        return None
-    check_class_mask(class_mask)
-    class_mask = jnp.asarray(class_mask)
-    got = f"class_mask is {class_mask.dtype}{list(class_mask.shape)}, {name} {list(logits.shape)}"
-    if class_mask.shape == (logits.shape[axis],):
-        return along(axis, logits.ndim, class_mask)
-    if class_mask.ndim != logits.ndim or not _broadcasts(class_mask.shape, logits.shape):
-        raise ValueError(
-            f"{got}: it must be [{logits.shape[axis]}], one value a class, or have "
-            f"{logits.ndim} dimensions and broadcast to the {name}"
-        )
-    return class_mask | jnp.zeros_like(logits, bool)
-
-
-def read_weight(weight, num_classes: int | None, dtype=jnp.float32) -> Array | None:
-    """Class weights, (C,); `num_classes` None leaves their number open."""
-    if weight is None:
-        return None
-    weight = jnp.asarray(weight)
-    length = "C" if num_classes is None else num_classes
-    if weight.ndim != 1 or num_classes not in (None, weight.size):
-        raise ValueError(
-            f"weight is {list(weight.shape)}: it must be [{length}], one number a class"
-        )
-    return _real("weight", weight, dtype)
-
-
-def read_sample_weight(sample_weight, shape: tuple[int, ...], dtype) -> Array:
-    """Sample weights of the per-example shape; ones if None."""
-    if sample_weight is None:
-        return jnp.ones(shape, dtype)
-    sample_weight = jnp.asarray(sample_weight)
-    if not _broadcasts(sample_weight.shape, shape):
-        raise ValueError(
-            f"sample_weight is {list(sample_weight.shape)}: it must broadcast to {list(shape)}, "
-            "one number an example"
-        )
-    return jnp.broadcast_to(_real("sample_weight", sample_weight, dtype), shape)
-
-
-def read_ignore_index(ignore_index, targets: Array | None = None) -> int | None:
-    if ignore_index is None:
-        return None
-    try:
-        ignore_index = operator.index(ignore_index)
-    except (TypeError, jax.errors.JAXTypeError):
-        raise TypeError(
-            f"ignore_index must be a Python integer or None, got {ignore_index!r}; for a mask "
-            "that is computed, pass sample_weight"
-        ) from None
-    probabilities = targets is not None and jnp.issubdtype(targets.dtype, jnp.floating)
-    if probabilities and ignore_index >= 0:
-        raise ValueError(
-            f"ignore_index={ignore_index} has no meaning for class probabilities: give those "
-            "examples a sample_weight of 0, and leave ignore_index negative or None"
-        )
-    return ignore_index
-
-
-def read_label_smoothing(label_smoothing, dtype=jnp.float32) -> Array | None:
-    """A scalar array, or None for a Python 0. A traced value outside [0, 1] becomes NaN."""
-    smoothing = _read_coefficient("label_smoothing", label_smoothing, dtype, 0, 1)
-    if smoothing is None:
-        return None
-    return jnp.where((smoothing >= 0) & (smoothing <= 1), smoothing, jnp.nan)
-
-
-def read_z_loss(z_loss, dtype=jnp.float32) -> Array | None:
-    return _read_coefficient("z_loss", z_loss, dtype, -math.inf, math.inf)
-
-
-def _read_coefficient(name: str, value, dtype, low, high) -> Array | None:
-    """A scalar array, or None for a Python 0; Python numbers are range-checked."""
-    if isinstance(value, (int, float, np.generic)):
-        if not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-        if value == 0:
-            return None
-    value = jnp.asarray(value)
-    if value.ndim != 0:
-        raise ValueError(f"{name} must be a scalar, got {value.dtype}{list(value.shape)}")
-    return _real(name, value, dtype)
-
-
-def read_softcap(softcap) -> float | None:
-    if softcap is None:
-        return None
-    if not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive Python float or None, got {softcap!r}")
-    return float(softcap)
-
-
-def _real(name, array, dtype):
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"{name} must be real, got {array.dtype}{list(array.shape)}")
-    return array.astype(dtype)
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False

@@ -16,29 +16,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._reduction import AxisName, check_reduction, reduce, total
-from ._softmax import (
-    along,
-    compute_dtype,
-    pick,
-    row_max,
-    row_sums,
-    times,
-    vary_alike,
-)
-from ._targets import (
+from ._arguments import (
+    check_reduction,
     read_axis,
     read_class_mask,
     read_ignore_index,
     read_index_targets,
-    read_indices,
     read_logits,
-    read_rows,
     read_sample_weight,
     read_softcap,
     read_weight,
     read_z_loss,
 )
+from ._reduction import AxisName, reduce, total
+from ._softmax import along, compute_dtype, pick, row_max, row_sums, times, vary_alike
+from ._targets import read_indices, read_rows
 
 
 def log_softmax(logits: ArrayLike, axis: int = -1, *, class_mask: ArrayLike | None = None) -> Array:

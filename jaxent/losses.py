@@ -23,16 +23,17 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._reduction import AxisName, check_reduction
-from ._targets import (
+from ._arguments import (
     check_axis,
     check_class_mask,
+    check_reduction,
     read_ignore_index,
     read_label_smoothing,
     read_softcap,
     read_weight,
     read_z_loss,
 )
+from ._reduction import AxisName
 from .functional import cross_entropy, nll
 
 

@@ -13,15 +13,13 @@ jax.jacfwd(jaxent.reference.cross_entropy)(logits, labels)
 import jax
 import jax.numpy as jnp
 
-from ._reduction import check_reduction, total
-from ._softmax import compute_dtype, times, unless_zero
-from ._targets import (
+from ._arguments import (
+    check_reduction,
     read_axis,
     read_class_axis,
     read_class_mask,
     read_ignore_index,
     read_index_targets,
-    read_indices,
     read_label_smoothing,
     read_logits,
     read_sample_weight,
@@ -30,6 +28,9 @@ from ._targets import (
     read_weight,
     read_z_loss,
 )
+from ._reduction import total
+from ._softmax import compute_dtype, times, unless_zero
+from ._targets import read_indices
 
 
 def log_softmax(logits, axis=-1, *, class_mask=None):

@@ -23,6 +23,11 @@ def in_float64(call):
     return call.replace(**{k: np.asarray(v).astype("float64") for k, v in call.floats.items()})
 
 
+def summed(name):
+    """The size of what cancels in a gradient that examples share: lse^2 is up to 100 here."""
+    return None if name in ("logits", "targets") else 100
+
+
 @settings(max_examples=25, deadline=None)
 @given(calls(EVERY_OPTION, SHAPES, ["float32", "bfloat16", "float16"]))
 def test_gradients_equal_those_of_the_formula_in_float64(call):
@@ -33,7 +38,7 @@ def test_gradients_equal_those_of_the_formula_in_float64(call):
     assert_close(loss, exact_loss, 8, "float32")
     for name, grad in grads.items():
         ulps = 8 if grad.dtype == "float32" else 0.6
-        assert_close(grad, exact_grads[name], ulps, grad.dtype)
+        assert_close(grad, exact_grads[name], ulps, grad.dtype, summed(name))
 
 
 @law
@@ -43,7 +48,8 @@ def test_nll_gradients_equal_those_of_the_formula_in_float64(call):
     exact_loss, exact_grads = evaluate(reference.nll, in_float64(call))
     assert_close(loss, exact_loss, 8, "float32")
     for name, grad in grads.items():
-        assert_close(grad, exact_grads[name], 8 if grad.dtype == "float32" else 0.6, grad.dtype)
+        ulps = 8 if grad.dtype == "float32" else 0.6
+        assert_close(grad, exact_grads[name], ulps, grad.dtype, summed(name))
 
 
 @law

@@ -95,7 +95,7 @@ def test_nnx_state_shows_the_arrays_of_a_loss():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nnx_grad_of_parameters_is_that_of_a_model_without_a_loss_object(loss):
     model = classifier(loss)
-    actual = nnx.grad(lambda model: model(LOGITS, LABELS))(model)
+    actual = nnx.jit(nnx.grad(lambda model: model(LOGITS, LABELS)))(model)
 
     def plain(params):
         logits = LOGITS @ params["kernel"] + params["bias"]
@@ -110,7 +110,9 @@ def test_nnx_grad_of_parameters_is_that_of_a_model_without_a_loss_object(loss):
             softcap=softcap,
         )
 
-    expected = jax.grad(plain)({"kernel": model.dense.kernel[...], "bias": model.dense.bias[...]})
+    expected = jax.jit(jax.grad(plain))(
+        {"kernel": model.dense.kernel[...], "bias": model.dense.bias[...]}
+    )
     assert set(actual) == {"dense"}
     for name in ("kernel", "bias"):
         assert np.any(expected[name] != 0)
@@ -212,14 +214,14 @@ def test_vmap_over_stacked_weights_is_a_loss_for_each():
     weights = jnp.stack([WEIGHT, WEIGHT**2, jnp.ones(3)])
     losses = jax.vmap(lambda w: jaxent.CrossEntropyLoss(weight=w))(weights)
     assert losses.weight.shape == (3, 3)
-    actual = jax.vmap(lambda loss: loss(LOGITS, LABELS))(losses)
+    actual = jax.jit(jax.vmap(lambda loss: loss(LOGITS, LABELS)))(losses)
     expected = [jaxent.cross_entropy(LOGITS, LABELS, weight=w) for w in weights]
     assert_close(actual, jnp.stack(expected))
 
 
 def test_vmap_over_examples_with_one_loss():
     loss = jaxent.CrossEntropyLoss(weight=WEIGHT, reduction="none", axis=-1)
-    actual = jax.vmap(loss)(LOGITS, LABELS)
+    actual = jax.jit(jax.vmap(loss))(LOGITS, LABELS)
     assert_close(actual, loss(LOGITS, LABELS))
 
 
@@ -254,8 +256,8 @@ def test_grad_with_respect_to_a_loss_is_a_loss_that_holds_gradients():
         return jaxent.cross_entropy(LOGITS, LABELS, weight=weight, label_smoothing=smoothing)
 
     loss = jaxent.CrossEntropyLoss(weight=WEIGHT, label_smoothing=jnp.float32(0.1))
-    gradient = jax.grad(lambda loss: loss(LOGITS, LABELS))(loss)
-    expected = jax.grad(of_arrays, argnums=(0, 1))(jnp.asarray(WEIGHT), jnp.float32(0.1))
+    gradient = jax.jit(jax.grad(lambda loss: loss(LOGITS, LABELS)))(loss)
+    expected = jax.jit(jax.grad(of_arrays, argnums=(0, 1)))(jnp.asarray(WEIGHT), jnp.float32(0.1))
     assert_close(gradient.weight, expected[0])
     assert_close(gradient.label_smoothing, expected[1])
     assert np.all(expected[0] != 0) and expected[1] != 0

@@ -104,6 +104,14 @@ def linear_model(sharded, shared, **static):
     return cross_entropy(dict(sharded, logits=logits), shared, **static)
 
 
+def prior(sharded, shared, **static):
+    """Logits that all shards have, alike for all examples: a model of class frequencies."""
+    shared = dict(shared)
+    targets = sharded["labels" if "labels" in sharded else "probabilities"]
+    logits = jnp.broadcast_to(shared.pop("bias"), (targets.shape[0], C))
+    return cross_entropy(dict(sharded, logits=logits), shared, **static)
+
+
 def as_bfloat16(tree):
     return dict(tree, logits=tree["logits"].astype(jnp.bfloat16))
 
@@ -117,6 +125,7 @@ def with_dimension(tree):
 
 
 kernel = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(C, C)), jnp.float32)}
+bias = {"bias": kernel["kernel"][0]}
 
 # name: (function, what is split over the shards, what all of them have, static options)
 LOSSES = {
@@ -179,6 +188,18 @@ LOSSES = {
         linear_model,
         take("logits", "labels", "sample_weight"),
         take("weight", "label_smoothing", "z_loss") | kernel,
+        {},
+    ),
+    "prior, indices": (
+        prior,
+        take("labels", "sample_weight"),
+        take("label_smoothing", "z_loss") | bias,
+        {},
+    ),
+    "prior, probabilities": (
+        prior,
+        take("probabilities", "sample_weight"),
+        take("weight") | bias,
         {},
     ),
     "total_weight": (total_weight, take("labels", "sample_weight"), take("weight"), {}),

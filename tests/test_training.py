@@ -310,7 +310,8 @@ def test_bfloat16_compute_with_float32_parameters_learns():
 
 def test_loss_of_bfloat16_logits_is_computed_in_float32():
     logits = (4 * logits_of(parameters(), batch()[0])).astype(jnp.bfloat16)
-    loss, grad = jax.value_and_grad(jaxent.cross_entropy)(logits, batch()[1], ignore_index=PADDING)
+    of_loss = functools.partial(jaxent.cross_entropy, ignore_index=PADDING)
+    loss, grad = jax.jit(jax.value_and_grad(of_loss))(logits, batch()[1])
     expected, expected_grad = jax.value_and_grad(by_hand)(logits.astype(jnp.float32), batch()[1])
     chex.assert_type([loss, grad], [jnp.float32, jnp.bfloat16])
     chex.assert_trees_all_close(loss, expected, rtol=ROUNDINGS)
@@ -390,9 +391,13 @@ def test_mean_of_micro_batch_means_is_another_number():
     """Why `total_weight` is there: the counted tokens are not spread evenly."""
     x, labels = tokens()
     params = parameters()
-    each = jax.vmap(
-        lambda x, labels: jaxent.cross_entropy(logits_of(params, x), labels, ignore_index=PADDING)
-    )(x, labels)
+
+    @jax.jit
+    @jax.vmap
+    def means(x, labels):
+        return jaxent.cross_entropy(logits_of(params, x), labels, ignore_index=PADDING)
+
+    each = means(x, labels)
     whole, _ = accumulated_by_scan(params, x, labels, None)
     assert each[2] == 0  # the one without tokens
     assert abs(jnp.mean(each) - whole) > 0.1 * whole
