@@ -79,42 +79,54 @@ def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) ->
     x = jax.lax.stop_gradient(x).astype(compute_dtype(x))
     if exists is not None:
         x = jnp.where(exists, x, -jnp.inf)
-    largest = jnp.max(x, axis, keepdims=True)
-    return largest if softcap is None else softcap * jnp.tanh(largest / softcap)
+    return _cap(softcap, jnp.max(x, axis, keepdims=True))
 
 
 def _centre(softcap, x, shift, exists):
-    """z - shift and dz/dx; -inf where no class exists."""
+    """z - shift; -inf where no class exists."""
     x = x.astype(compute_dtype(x))
     if shift is None:  # log-probabilities: nothing to normalize
-        return x, 1
-    slope = 1
-    if softcap is not None:
-        # A NaN goes around tanh, whose derivatives would make NaN of a gradient of 0.
-        bad = jnp.isnan(x) if exists is None else jnp.isnan(x) | ~exists
-        tanh = jnp.tanh(jnp.where(bad, 0, x) / softcap)
-        x, slope = jnp.where(bad, jnp.nan, softcap * tanh), (1 - tanh) * (1 + tanh)
-    centred = x - shift
-    return (centred if exists is None else jnp.where(exists, centred, -jnp.inf)), slope
+        return x
+    centred = _cap(softcap, x) - shift
+    return centred if exists is None else jnp.where(exists, centred, -jnp.inf)
+
+
+# Second order comes through the next two. Where x is NaN their derivatives are finite: the row
+# may be one that the loss does not count; if it counts, its NaN shows in the other factors.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _cap(softcap, x):
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+
+@_cap.defjvp
+def _cap_jvp(softcap, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return _cap(softcap, x), _slope(softcap, x) * dx
+
+
+def _slope(softcap, x):
+    if softcap is None:
+        return 1
+    tanh = jnp.tanh(jnp.where(jnp.isnan(x), 0, x.astype(compute_dtype(x))) / softcap)
+    return (1 - tanh) * (1 + tanh)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _log_sum(axis, softcap, x, shift, exists):
-    centred, _ = _centre(softcap, x, shift, exists)
-    return jnp.log(jnp.sum(jnp.exp(centred), axis, keepdims=True))
+    return jnp.log(jnp.sum(jnp.exp(_centre(softcap, x, shift, exists)), axis, keepdims=True))
 
 
 @_log_sum.defjvp
 def _log_sum_jvp(axis, softcap, primals, tangents):
-    # Second order comes through here. A row of NaN has derivative 0, not NaN: it may be
-    # one that the loss does not count; if it counts, its NaN shows in every other factor.
     log_sum = _log_sum(axis, softcap, *primals)
-    centred, slope = _centre(softcap, *primals)
-    probs = jnp.where(jnp.isfinite(log_sum), jnp.exp(centred - log_sum) * slope, 0)
-    return log_sum, jnp.sum(probs * tangents[0], axis, keepdims=True)
+    probs = jnp.exp(_centre(softcap, *primals) - log_sum)
+    slope = _slope(softcap, primals[0])
+    dx = jnp.where(jnp.isfinite(log_sum), probs * slope, 0) * tangents[0]
+    return log_sum, jnp.sum(dx, axis, keepdims=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def row_sums(
     axis: int,
     softcap: float | None,
@@ -137,30 +149,40 @@ def row_sums(
       mass: a `jax.tree_util.Partial` that returns q, (..., C, ...), broadcastable to x; its
         arrays are differentiated through. None leaves both sums of it out.
     """
+    shift, exists, index, mass, x = _vary_alike(shift, exists, index, mass, x)
+    sums = _row_sums(axis, softcap, x, shift, exists, index, mass)
+    return _unpack(axis, sums, shift, index, mass)
+
+
+# One array holds all sums: `vmap` gets the gradient of an unmapped argument wrong where some
+# outputs of a custom_vjp are mapped and others are not (seen in jax 0.9.0 to 0.12.0).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _row_sums(axis, softcap, x, shift, exists, index, mass):
     return _row_sums_fwd(axis, softcap, x, shift, exists, index, mass)[0]
 
 
 def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
-    log_sum = picked = mass_sum = target_sum = None
+    sums, log_sum = [], None
     if shift is not None:
         log_sum = _log_sum(axis, softcap, x, shift, exists)
+        sums.append(log_sum)
     if index is not None:
         known = None if exists is None else pick(exists.astype(x.dtype), index, axis) > 0
-        picked, _ = _centre(softcap, pick(x, index, axis), shift, known)
+        sums.append(_centre(softcap, pick(x, index, axis), shift, known))
     if mass is not None:
-        centred, _ = _centre(softcap, x, shift, exists)
+        centred = _centre(softcap, x, shift, exists)
         q = _spread(mass, centred)
         q = jnp.where(_void(q, centred), 0, q)
-        mass_sum = jnp.sum(q, axis, keepdims=True)
-        target_sum = jnp.sum(times(q, centred), axis, keepdims=True)
-    sums = log_sum, picked, mass_sum, target_sum
-    return sums, (x, shift, exists, index, mass, log_sum)
+        sums.append(jnp.sum(q, axis, keepdims=True))
+        sums.append(jnp.sum(times(q, centred), axis, keepdims=True))
+    return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, log_sum)
 
 
 def _row_sums_bwd(axis, softcap, residuals, cotangents):
     x, shift, exists, index, mass, log_sum = residuals
-    d_log_sum, d_picked, d_mass_sum, d_target_sum = cotangents
-    centred, slope = _centre(softcap, x, shift, exists)
+    sums = _unpack(axis, cotangents, shift, index, mass)
+    d_log_sum, d_picked, d_mass_sum, d_target_sum = sums
+    centred = _centre(softcap, x, shift, exists)
     d_centred, d_mass = 0, None
     if log_sum is not None:
         uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)
@@ -175,13 +197,21 @@ def _row_sums_bwd(axis, softcap, residuals, cotangents):
         void = _void(q, centred)
         d_q = d_mass_sum + times(d_target_sum, jnp.where(void, 0, centred))
         (d_mass,) = pull(jnp.where(void, 0, d_q))
-    d_x = d_centred * slope
+    d_x = d_centred * _slope(softcap, x)
     if exists is not None:
         d_x = jnp.where(exists, d_x, 0)
     return d_x.astype(x.dtype), None, None, None, d_mass
 
 
-row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
+_row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
+
+
+def _unpack(axis, sums, shift, index, mass):
+    parts = iter(jnp.split(sums, sums.shape[axis], axis))
+    log_sum = None if shift is None else next(parts)
+    picked = None if index is None else next(parts)
+    mass_sum, target_sum = (None, None) if mass is None else parts
+    return log_sum, picked, mass_sum, target_sum
 
 
 def _void(q, centred):
@@ -194,7 +224,7 @@ def _spread(mass, like):
     return mass().astype(like.dtype) + jnp.zeros_like(like)
 
 
-def vary_alike(*trees):
+def _vary_alike(*trees):
     """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
 
     A custom_vjp returns cotangents that vary as its arguments do; marking the arguments

@@ -29,7 +29,7 @@ from ._arguments import (
     read_z_loss,
 )
 from ._reduction import AxisName, reduce, total
-from ._softmax import along, compute_dtype, pick, row_max, row_sums, times, vary_alike
+from ._softmax import along, compute_dtype, pick, row_max, row_sums, times
 from ._targets import read_indices, read_rows
 
 
@@ -62,7 +62,6 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, class_mask: ArrayLike | No
     exists = read_class_mask(class_mask, logits, axis, "logits")
     x = logits.astype(compute_dtype(logits))
     shift = row_max(axis, None, x, exists)
-    x, shift, exists = vary_alike(x, shift, exists)
     log_sum, *_ = row_sums(axis, None, x, shift, exists, None, None)
     log_probs = x - shift - log_sum
     if exists is not None:
@@ -117,8 +116,7 @@ def nll(
         axis=axis,
         sample_weight=sample_weight,
     )
-    x, index, mass = vary_alike(rows.logits, rows.index, rows.mass)
-    _, *sums = row_sums(rows.axis, None, x, None, None, index, mass)
+    _, *sums = row_sums(rows.axis, None, rows.logits, None, None, rows.index, rows.mass)
     loss, _ = _weigh(rows, 0, *sums, 0)
     return reduce([(rows.scale * loss, rows.denominator)], rows.axis, reduction, axis_name)
 
@@ -214,8 +212,9 @@ def cross_entropy(
         class_mask=class_mask,
     )
     shift = row_max(rows.axis, softcap, rows.logits, rows.exists)
-    arguments = vary_alike(rows.logits, shift, rows.exists, rows.index, rows.mass)
-    log_sum, *sums = row_sums(rows.axis, softcap, *arguments)
+    log_sum, *sums = row_sums(
+        rows.axis, softcap, rows.logits, shift, rows.exists, rows.index, rows.mass
+    )
     loss, log_normalizer = _weigh(rows, log_sum, *sums, shift + log_sum)
     terms = [(rows.scale * loss, rows.denominator)]
     coefficient = read_z_loss(z_loss, loss.dtype)

@@ -213,6 +213,18 @@ def test_vmap_over_targets_and_class_mask():
         assert_close(together[i], grad(targets[i], masks[i]), 4)
 
 
+@pytest.mark.parametrize("targets", [np.arange(6).reshape(3, 2) % 4, np.ones((3, 2, 4), "float32")])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}])
+def test_gradient_of_logits_that_a_vmap_over_targets_shares(targets, options):
+    logits = np.random.default_rng(0).normal(size=(2, 4)).astype("float32")
+
+    def total(function):
+        return lambda x: jax.vmap(lambda y: function(x, y, axis=-1, **options))(targets).sum()
+
+    actual = jax.jit(jax.grad(total(jaxent.cross_entropy)))(logits)
+    assert_close(actual, jax.jit(jax.grad(total(reference.cross_entropy)))(logits), 16)
+
+
 def test_numpy_constants_under_vmap_and_jit():
     logits, targets = np.zeros((3, 4), "float32"), np.zeros(3, int)
 

@@ -219,6 +219,45 @@ def test_vmap_over_stacked_weights_is_a_loss_for_each():
     assert_close(actual, jnp.stack(expected))
 
 
+STACKED = {
+    "weight": jnp.stack([WEIGHT, WEIGHT**2, jnp.ones(3)]),
+    "label_smoothing": jnp.array([0.1, 0.5, 0.0]),
+    "z_loss": jnp.array([0.1, 0.0, 0.2]),
+}
+
+
+@pytest.mark.parametrize("stacked", STACKED)
+def test_gradient_of_logits_shared_by_stacked_losses_is_the_sum_of_each(stacked):
+    values = STACKED[stacked]
+
+    def loss(logits, value):
+        options = {"label_smoothing": 0.1, stacked: value}
+        return jaxent.CrossEntropyLoss(**options)(logits, LABELS)
+
+    def together(logits):
+        return jnp.sum(jax.vmap(loss, in_axes=(None, 0))(logits, values))
+
+    def one_by_one(logits):
+        return sum(loss(logits, value) for value in values)
+
+    actual, expected = (jax.jit(jax.grad(f))(LOGITS) for f in (together, one_by_one))
+    assert_close(actual, expected)
+
+
+def test_gradient_of_logits_shared_by_stacked_targets_is_the_sum_of_each():
+    targets = jnp.stack([LABELS, (LABELS + 1) % 3, jnp.zeros_like(LABELS)])
+    loss = jaxent.CrossEntropyLoss()
+
+    def together(logits):
+        return jnp.sum(jax.vmap(loss, in_axes=(None, 0))(logits, targets))
+
+    def one_by_one(logits):
+        return sum(loss(logits, t) for t in targets)
+
+    actual, expected = (jax.jit(jax.grad(f))(LOGITS) for f in (together, one_by_one))
+    assert_close(actual, expected)
+
+
 def test_vmap_over_examples_with_one_loss():
     loss = jaxent.CrossEntropyLoss(weight=WEIGHT, reduction="none", axis=-1)
     actual = jax.jit(jax.vmap(loss))(LOGITS, LABELS)
