@@ -17,13 +17,26 @@ from ._softmax import along
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def check_axis_name(axis_name) -> None:
+    names = axis_name if isinstance(axis_name, (tuple, list)) else [axis_name]
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must be a string, a tuple of them or None, got {axis_name!r}")
+
+
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
 
 
+def _as_array(name: str, value) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array, got {value!r}") from None
+
+
 def read_logits(logits, name: str) -> Array:
-    logits = jnp.asarray(logits)
+    logits = _as_array(name, logits)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(
             f"{name} must be a float array, got {logits.dtype}{list(logits.shape)}; "
@@ -35,10 +48,11 @@ def read_logits(logits, name: str) -> Array:
 
 
 def read_targets(targets) -> Array:
-    targets = jnp.asarray(targets)
-    if not jnp.issubdtype(targets.dtype, jnp.floating) and not jnp.issubdtype(
-        targets.dtype, jnp.integer
-    ):
+    """Targets; integers of fewer than 32 bits widened, so that all numbers compare."""
+    targets = _as_array("targets", targets)
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        return targets.astype(jnp.int32) if jnp.iinfo(targets.dtype).bits < 32 else targets
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
         raise TypeError(
             "targets must be integer class indices or float class probabilities, got "
             f"{targets.dtype}{list(targets.shape)}"
@@ -57,8 +71,8 @@ def read_index_targets(targets) -> Array:
 
 
 def check_axis(axis) -> None:
-    if axis is not None and not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"axis must be an integer or None, got {axis!r}")
+    if not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"axis must be an integer, got {axis!r}")
 
 
 def read_axis(axis, ndim: int, name: str) -> int:
@@ -108,11 +122,8 @@ def read_class_axis(axis, logits: Array, targets: Array, name: str) -> int:
 
 
 def check_class_mask(class_mask) -> None:
-    if class_mask is not None and jnp.asarray(class_mask).dtype != bool:
-        raise TypeError(
-            f"class_mask is {jnp.asarray(class_mask).dtype}: it must be bool, True for the "
-            "classes that exist"
-        )
+    if (dtype := _as_array("class_mask", class_mask).dtype) != jnp.bool:
+        raise TypeError(f"class_mask is {dtype}: it must be bool, True for the classes that exist")
 
 
 def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | None:
@@ -136,7 +147,7 @@ def read_weight(weight, num_classes: int | None, dtype=jnp.float32) -> Array | N
     """Class weights, (C,); `num_classes` None leaves their number open."""
     if weight is None:
         return None
-    weight = jnp.asarray(weight)
+    weight = _as_array("weight", weight)
     length = "C" if num_classes is None else num_classes
     if weight.ndim != 1 or num_classes not in (None, weight.size):
         raise ValueError(
@@ -149,7 +160,7 @@ def read_sample_weight(sample_weight, shape: tuple[int, ...], dtype) -> Array:
     """Sample weights of the per-example shape; ones if None."""
     if sample_weight is None:
         return jnp.ones(shape, dtype)
-    sample_weight = jnp.asarray(sample_weight)
+    sample_weight = _as_array("sample_weight", sample_weight)
     if not _broadcasts(sample_weight.shape, shape):
         raise ValueError(
             f"sample_weight is {list(sample_weight.shape)}: it must broadcast to {list(shape)}, "
@@ -196,7 +207,7 @@ def _read_coefficient(name: str, value, dtype, low, high) -> Array | None:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
         if value == 0:
             return None
-    value = jnp.asarray(value)
+    value = _as_array(name, value)
     if value.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got {value.dtype}{list(value.shape)}")
     return _real(name, value, dtype)
@@ -205,8 +216,8 @@ def _read_coefficient(name: str, value, dtype, low, high) -> Array | None:
 def read_softcap(softcap) -> float | None:
     if softcap is None:
         return None
-    if not isinstance(softcap, (int, float)) or not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive Python float or None, got {softcap!r}")
+    if not isinstance(softcap, (int, float, np.number)) or not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive Python number or None, got {softcap!r}")
     return float(softcap)
 
 

@@ -28,8 +28,8 @@ from ._softmax import along, compute_dtype, pick, times, unless_zero
 class Rows:
     """Logits and targets, read. Arrays of one value an example keep the class axis as 1.
 
-    An example's loss is `picked_weight` times that of the class at `index`, plus
-    `mass_weight` times that of the target mass.
+    An example's loss is `picked_weight` times that of the class at `index`, plus that of the
+    target mass: the probabilities, or for indices the part that smoothing spreads.
     """
 
     axis: int
@@ -38,7 +38,6 @@ class Rows:
     index: Array | None  # int32, -1 if out of range; None for probabilities
     picked_weight: Array | None
     mass: Partial | None  # () -> (..., C, ...), broadcastable to the logits
-    mass_weight: Array | int
     sample_weight: Array  # 0 for examples that are not counted
     scale: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
@@ -83,7 +82,6 @@ def read_rows(
             index=None,
             picked_weight=None,
             mass=Partial(_mass, targets, sample_weight, smoothing, uniform, weight),
-            mass_weight=1,
             sample_weight=sample_weight,
             scale=sample_weight,
             denominator=sample_weight,
@@ -100,6 +98,7 @@ def read_rows(
         chosen = pick(weight, index, axis)
         # Out of range: the NaN reaches all classes' weights; `mean` counts the example as 1.
         picked_weight = jnp.where(index < 0, jnp.sum(weight), chosen)
+        picked_weight = unless_zero(sample_weight, picked_weight)
         denominator = times(sample_weight, jnp.where(index < 0, 1, chosen))
     if smoothing is not None:
         picked_weight = (1 - smoothing) * picked_weight
@@ -109,8 +108,7 @@ def read_rows(
         exists=exists,
         index=index,
         picked_weight=picked_weight,
-        mass=None if smoothing is None else Partial(_weighted, uniform, weight),
-        mass_weight=0 if smoothing is None else smoothing,
+        mass=None if smoothing is None else Partial(_mass, None, None, smoothing, uniform, weight),
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
         scale=sample_weight * jnp.where(outside, jnp.nan, 1).astype(dtype),
@@ -120,28 +118,22 @@ def read_rows(
 
 def _mass(targets, sample_weight, smoothing, uniform, weight):
     """q = w * ((1 - eps) * targets + eps / C), C counting the classes that exist."""
-    targets = unless_zero(sample_weight, targets.astype(sample_weight.dtype))
+    mass = jnp.zeros_like(uniform)
+    if targets is not None:
+        mass = unless_zero(sample_weight, targets.astype(uniform.dtype))
     if smoothing is not None:
-        targets = (1 - smoothing) * targets + smoothing * uniform
-    return _weighted(targets, weight)
-
-
-def _weighted(mass, weight):
+        mass = (1 - smoothing) * mass + smoothing * uniform
     return mass if weight is None else times(mass, weight)
 
 
 def read_indices(targets: Array, num_classes: int | None, ignore_index):
-    """int32 class indices, -1 for those outside [0, C), and which targets are ignored.
-
-    Compared in the targets' own dtype, however narrow: a number that it cannot hold is
-    one that no target equals, and that all targets are below.
-    """
+    """int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
     limits = jnp.iinfo(targets.dtype)
     ignored = jnp.zeros(targets.shape, bool)
     if ignore_index is not None and limits.min <= ignore_index <= limits.max:
         ignored = targets == ignore_index
     inside = targets >= 0
-    if num_classes is not None and num_classes <= limits.max:
+    if num_classes is not None:
         inside &= targets < num_classes
     index = jnp.where(inside, targets, 0).astype(jnp.int32)
     return jnp.where(inside, index, -1), ignored

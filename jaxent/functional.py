@@ -215,24 +215,25 @@ def cross_entropy(
     log_sum, *sums = row_sums(
         rows.axis, softcap, rows.logits, shift, rows.exists, rows.index, rows.mass
     )
-    loss, log_normalizer = _weigh(rows, log_sum, *sums, shift + log_sum)
+    loss, squared_normalizer = _weigh(rows, log_sum, *sums, shift + log_sum)
     terms = [(rows.scale * loss, rows.denominator)]
     coefficient = read_z_loss(z_loss, loss.dtype)
     if coefficient is not None:
-        terms.append((coefficient * (rows.scale * log_normalizer**2), rows.sample_weight))
+        penalty = times(coefficient, rows.scale * squared_normalizer)
+        terms.append((penalty, rows.sample_weight))
     return reduce(terms, rows.axis, reduction, axis_name)
 
 
 def _weigh(rows, *sums):
-    """Per-example loss and log-normalizer; 0 where it is neither counted nor finite."""
+    """Per-example loss and squared log-normalizer; 0 if neither counted nor finite."""
 
     def per_example(log_sum, picked, mass_sum, target_sum, log_normalizer):
         loss = 0
         if picked is not None:
             loss += times(rows.picked_weight, log_sum - picked)
         if mass_sum is not None:
-            loss += times(rows.mass_weight, times(mass_sum, log_sum) - target_sum)
-        return loss, log_normalizer
+            loss += times(mass_sum, log_sum) - target_sum
+        return loss, log_normalizer**2
 
     # Such an example's sums are set to 0, not its result: derivatives would be 0 * inf.
     finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient(sums))))

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 from ._arguments import (
     check_axis,
+    check_axis_name,
     check_class_mask,
     check_reduction,
     read_ignore_index,
@@ -87,7 +88,9 @@ class NLLLoss(_Loss):
         axis_name: AxisName = None,
     ):
         check_reduction(reduction)
-        check_axis(axis)
+        if axis is not None:
+            check_axis(axis)
+        check_axis_name(axis_name)
         read_weight(weight, None)
         self.weight = _array(weight)
         self.ignore_index = read_ignore_index(ignore_index)
@@ -136,11 +139,14 @@ class CrossEntropyLoss(_Loss):
         axis_name: AxisName = None,
     ):
         check_reduction(reduction)
-        check_axis(axis)
+        if axis is not None:
+            check_axis(axis)
+        check_axis_name(axis_name)
         read_weight(weight, None)
         read_label_smoothing(label_smoothing)
         read_z_loss(z_loss)
-        check_class_mask(class_mask)
+        if class_mask is not None:
+            check_class_mask(class_mask)
         self.weight = _array(weight)
         self.ignore_index = read_ignore_index(ignore_index)
         self.reduction = reduction

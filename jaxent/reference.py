@@ -66,8 +66,8 @@ def nll(
     def per_example(x):
         return -jnp.sum(times(times(t, w), x), -1), jnp.zeros_like(s)
 
-    loss, lse = _hide_uncounted(per_example, x, s)
-    return _reduce(loss * poison, lse, None, s, mean_weight, reduction, axis_name)
+    loss, squared = _hide_uncounted(per_example, x, s)
+    return _reduce(loss * poison, squared, None, s, mean_weight, reduction, axis_name)
 
 
 def cross_entropy(
@@ -102,10 +102,10 @@ def cross_entropy(
         # A row without classes is not counted: let it be finite.
         empty = ~jnp.any(exists, -1, keepdims=True)
         log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
-        return -jnp.sum(times(times(q, w), log_p), -1), lse
+        return -jnp.sum(times(times(q, w), log_p), -1), lse**2
 
-    loss, lse = _hide_uncounted(per_example, x, s)
-    return _reduce(loss * poison, lse * poison, z, s, mean_weight, reduction, axis_name)
+    loss, squared = _hide_uncounted(per_example, x, s)
+    return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, axis_name)
 
 
 def total_weight(targets, *, weight=None, ignore_index=-100, sample_weight=None, axis_name=None):
@@ -144,6 +144,7 @@ def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, clas
     index, ignored = read_indices(targets, num_classes, ignore_index)
     s = jnp.where(ignored | (index < 0) & (s == 0), 0, s)
     t = (index[..., None] == jnp.arange(num_classes)).astype(x.dtype)
+    t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
     mean_weight = times(s, jnp.where(index < 0, 1, jnp.sum(times(t, w), -1)))
     poison = jnp.where((index < 0) & (s != 0), jnp.nan, 1).astype(x.dtype)
     return x, exists, t, s, w, mean_weight, poison
@@ -163,9 +164,9 @@ def _hide_uncounted(per_example, x, s):
     return [jnp.where(hidden, 0, value) for value in values]
 
 
-def _reduce(loss, lse, z, s, mean_weight, reduction, axis_name):
+def _reduce(loss, squared_normalizer, z, s, mean_weight, reduction, axis_name):
     check_reduction(reduction)
-    z_term = 0 if z is None else z * s * lse**2
+    z_term = 0 if z is None else times(z, s * squared_normalizer)
     if reduction == "none":
         return s * loss + z_term
     loss, z_term = total(s * loss, axis_name), total(z_term, axis_name)

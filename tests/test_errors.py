@@ -78,7 +78,7 @@ CASES = {
         (LOGITS, LABELS),
         {"axis": "classes"},
         TypeError,
-        "axis must be an integer or None, got 'classes'",
+        "axis must be an integer, got 'classes'",
     ),
     "no classes": (
         (jnp.zeros((4, 0)), LABELS),
@@ -92,6 +92,13 @@ CASES = {
         ValueError,
         r"weight is \[4\]: it must be \[5\], one number a class",
     ),
+    "a weight by name": (
+        (LOGITS, LABELS),
+        {"weight": "balanced"},
+        TypeError,
+        "weight must be an array, got 'balanced'",
+    ),
+    "targets of None": ((LOGITS, None), {}, TypeError, "targets must be an array, got None"),
     "a weight an example": (
         (LOGITS, LABELS),
         {"weight": jnp.ones((4, 5))},
@@ -144,7 +151,8 @@ ONLY_CROSS_ENTROPY = {
     ),
     "smoothing nan": ({"label_smoothing": float("nan")}, ValueError, r"\[0, 1\], got nan"),
     "z_loss an array": ({"z_loss": jnp.zeros(4)}, ValueError, "z_loss must be a scalar"),
-    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be a positive Python float"),
+    "a z_loss of None": ({"z_loss": None}, TypeError, "z_loss must be an array, got None"),
+    "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be a positive Python number"),
     "softcap an array": ({"softcap": jnp.ones(())}, ValueError, "softcap must be a positive"),
     "a class_mask of numbers": (
         {"class_mask": jnp.ones(5)},
@@ -190,6 +198,8 @@ def test_log_softmax_refuses(function):
         function(LABELS)
     with pytest.raises(ValueError, match="axis=2 is out of range for logits of 2 dimensions"):
         function(LOGITS, 2)
+    with pytest.raises(TypeError, match="axis must be an integer, got None"):
+        function(LOGITS, None)
     with pytest.raises(ValueError, match=r"class_mask is bool\[4\]"):
         function(LOGITS, class_mask=jnp.ones(4, bool))
 

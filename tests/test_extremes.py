@@ -123,6 +123,34 @@ def test_infinite_class_weight_hurts_only_its_class():
     assert np.isfinite(jaxent.cross_entropy(np.zeros((1, 2)), np.array([0]), weight=weight))
 
 
+@pytest.mark.parametrize("module", [jaxent, reference])
+@pytest.mark.parametrize("bad", [INF, NAN])
+def test_bad_weight_of_an_uncounted_class_reaches_nothing(module, bad):
+    logits, targets = np.array([[1, 2, 3], [0.5, -1, 2]], "float32"), np.array([0, 2])
+    expected = -jaxent.log_softmax(logits)[1, 2]
+    weight = np.array([bad, 1, 1], "float32")
+    for keywords in ({"ignore_index": 0}, {"sample_weight": np.array([0.0, 1.0])}):
+        loss = module.cross_entropy(logits, targets, weight=weight, **keywords)
+        assert_close(loss, expected, 2)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_squared_normalizer_that_overflows_stays_with_its_example(module):
+    logits, targets = np.array([[1, 2, 3], [1e25, 0, 0]], "float32"), np.array([1, -100])
+    loss = module.cross_entropy(logits, targets, z_loss=0.1)
+    assert_close(loss, module.cross_entropy(logits[:1], targets[:1], z_loss=0.1), 2)
+    counted = module.cross_entropy(logits, np.array([1, 0]), z_loss=jnp.float32(0))
+    assert_close(counted, module.cross_entropy(logits, np.array([1, 0])), 2)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_smoothing_of_zero_beside_minus_infinity_has_the_other_classes_derivative(module):
+    logits = np.array([[-INF, 1.0, 2.0]], "float32")
+    gradient = jax.grad(lambda e: module.cross_entropy(logits, [1], label_smoothing=e))(0.0)
+    log_probs = jaxent.log_softmax(logits)[0]
+    assert_close(gradient, log_probs[1] - (log_probs[1] + log_probs[2]) / 3, 4)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_nan_in_a_counted_row_shows_in_its_row_alone(bad):
     logits = np.array([[bad, 0, 0], [0, 1, 2]], "float32")
