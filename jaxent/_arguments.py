@@ -6,13 +6,18 @@ shapes, and what to pass.
 
 import math
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from ._softmax import along
+
+ArrayOrList = ArrayLike | Sequence[Any]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -32,7 +37,7 @@ def _as_array(name: str, value) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be an array, got {value!r}") from None
+        raise TypeError(f"{name} must be an array or a number, got {value!r}") from None
 
 
 def read_logits(logits, name: str) -> Array:
@@ -140,7 +145,7 @@ def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | 
             f"{got}: it must be [{logits.shape[axis]}], one value a class, or have "
             f"{logits.ndim} dimensions and broadcast to the {name}"
         )
-    return class_mask | jnp.zeros_like(logits, bool)
+    return jnp.broadcast_to(class_mask, logits.shape)
 
 
 def read_weight(weight, num_classes: int | None, dtype=jnp.float32) -> Array | None:
@@ -202,7 +207,9 @@ def read_z_loss(z_loss, dtype=jnp.float32) -> Array | None:
 
 def _read_coefficient(name: str, value, dtype, low, high) -> Array | None:
     """A scalar array, or None for a Python 0; Python numbers are range-checked."""
-    if isinstance(value, (int, float, np.generic)):
+    if isinstance(value, (int, float, np.generic)) or (
+        type(value) is np.ndarray and value.ndim == 0
+    ):
         if not low <= value <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
         if value == 0:
@@ -229,6 +236,6 @@ def _real(name, array, dtype):
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     try:
-        return np.broadcast_shapes(shape, to) == to
+        return jnp.broadcast_shapes(shape, to) == to
     except ValueError:
         return False

@@ -172,7 +172,6 @@ def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
     if mass is not None:
         centred = _centre(softcap, x, shift, exists)
         q = _spread(mass, centred)
-        q = jnp.where(_void(q, centred), 0, q)
         sums.append(jnp.sum(q, axis, keepdims=True))
         sums.append(jnp.sum(times(q, centred), axis, keepdims=True))
     return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, log_sum)
@@ -194,9 +193,7 @@ def _row_sums_bwd(axis, softcap, residuals, cotangents):
     if mass is not None:
         q, pull = jax.vjp(lambda mass: _spread(mass, centred), mass)
         d_centred += times(d_target_sum, q)
-        void = _void(q, centred)
-        d_q = d_mass_sum + times(d_target_sum, jnp.where(void, 0, centred))
-        (d_mass,) = pull(jnp.where(void, 0, d_q))
+        (d_mass,) = pull(d_mass_sum + times(d_target_sum, unless_zero(q, centred)))
     d_x = d_centred * _slope(softcap, x)
     if exists is not None:
         d_x = jnp.where(exists, d_x, 0)
@@ -214,14 +211,10 @@ def _unpack(axis, sums, shift, index, mass):
     return log_sum, picked, mass_sum, target_sum
 
 
-def _void(q, centred):
-    """Where no mass meets an infinite loss: the term is 0, and so are its derivatives."""
-    return (q == 0) & ~jnp.isfinite(centred)
-
-
-def _spread(mass, like):
-    """The mass, of the shape of `like` and on an explicit mesh of its sharding too."""
-    return mass().astype(like.dtype) + jnp.zeros_like(like)
+def _spread(mass, centred):
+    """q, of the rows' shape; without derivative where no mass meets an infinite loss."""
+    q = mass().astype(centred.dtype)
+    return jnp.where((q == 0) & ~jnp.isfinite(centred), 0, q)
 
 
 def _vary_alike(*trees):

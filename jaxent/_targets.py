@@ -7,6 +7,7 @@ nothing left to decide.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import checkify
 from jax.tree_util import Partial
@@ -70,9 +71,11 @@ def read_rows(
     sample_weight = jnp.expand_dims(read_sample_weight(sample_weight, per_example, dtype), axis)
     uniform = along(axis, ndim, jnp.full(num_classes, 1 / num_classes, dtype))
     if exists is not None:
-        count = jnp.sum(exists, axis, keepdims=True)
-        sample_weight = jnp.where(count == 0, 0, sample_weight)
-        uniform = jnp.where(exists, 1 / jnp.maximum(count, 1).astype(dtype), 0)
+        # A row without classes is not counted; with all of them, it is at least finite.
+        empty = ~jnp.any(exists, axis, keepdims=True)
+        sample_weight = jnp.where(empty, 0, sample_weight)
+        exists |= empty
+        uniform = jnp.where(exists, 1 / jnp.sum(exists, axis, keepdims=True).astype(dtype), 0)
 
     if jnp.issubdtype(targets.dtype, jnp.floating):
         return Rows(
@@ -131,7 +134,7 @@ def read_indices(targets: Array, num_classes: int | None, ignore_index):
     limits = jnp.iinfo(targets.dtype)
     ignored = jnp.zeros(targets.shape, bool)
     if ignore_index is not None and limits.min <= ignore_index <= limits.max:
-        ignored = targets == ignore_index
+        ignored = targets == np.asarray(ignore_index, targets.dtype)
     inside = targets >= 0
     if num_classes is not None:
         inside &= targets < num_classes

@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._arguments import (
+    ArrayOrList,
     check_reduction,
     read_axis,
     read_class_mask,
@@ -33,7 +34,9 @@ from ._softmax import along, compute_dtype, pick, row_max, row_sums, times
 from ._targets import read_indices, read_rows
 
 
-def log_softmax(logits: ArrayLike, axis: int = -1, *, class_mask: ArrayLike | None = None) -> Array:
+def log_softmax(
+    logits: ArrayOrList, axis: int = -1, *, class_mask: ArrayOrList | None = None
+) -> Array:
     r"""Logarithm of the softmax over the class axis.
 
     .. math:: \log p_c = x_c - m - \log \sum_k e^{x_k - m}, \quad m = \max_k x_k
@@ -61,8 +64,9 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, class_mask: ArrayLike | No
     axis = read_axis(axis, logits.ndim, "logits")
     exists = read_class_mask(class_mask, logits, axis, "logits")
     x = logits.astype(compute_dtype(logits))
-    shift = row_max(axis, None, x, exists)
-    log_sum, *_ = row_sums(axis, None, x, shift, exists, None, None)
+    finite = None if exists is None else exists | ~jnp.any(exists, axis, keepdims=True)
+    shift = row_max(axis, None, x, finite)
+    log_sum, *_ = row_sums(axis, None, x, shift, finite, None, None)
     log_probs = x - shift - log_sum
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
@@ -70,14 +74,14 @@ def log_softmax(logits: ArrayLike, axis: int = -1, *, class_mask: ArrayLike | No
 
 
 def nll(
-    log_probs: ArrayLike,
-    targets: ArrayLike,
+    log_probs: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    weight: ArrayLike | None = None,
+    weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     axis: int | None = None,
-    sample_weight: ArrayLike | None = None,
+    sample_weight: ArrayOrList | None = None,
     axis_name: AxisName = None,
 ) -> Array:
     r"""Negative log-likelihood of targets under given log-probabilities.
@@ -122,16 +126,16 @@ def nll(
 
 
 def cross_entropy(
-    logits: ArrayLike,
-    targets: ArrayLike,
+    logits: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    weight: ArrayLike | None = None,
+    weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
     label_smoothing: ArrayLike = 0.0,
     axis: int | None = None,
-    sample_weight: ArrayLike | None = None,
-    class_mask: ArrayLike | None = None,
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
     z_loss: ArrayLike = 0.0,
     softcap: float | None = None,
     axis_name: AxisName = None,
@@ -242,17 +246,18 @@ def _weigh(rows, *sums):
 
 
 def total_weight(
-    targets: ArrayLike,
+    targets: ArrayOrList,
     *,
-    weight: ArrayLike | None = None,
+    weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
-    sample_weight: ArrayLike | None = None,
+    sample_weight: ArrayOrList | None = None,
     axis_name: AxisName = None,
 ) -> Array:
     r"""What the mean of `cross_entropy` divides by, for class indices: :math:`\sum s_i w_{y_i}`.
 
     The sum of the losses of all micro-batches, divided once by the sum of their total
-    weights, is the mean over the whole batch; the mean of their means is not.
+    weights, is the mean over the whole batch; the mean of their means is not. (A `z_loss`
+    beside class weights is averaged on its own, by the sum of the sample weights.)
 
     Args:
       targets: class indices, any integer dtype and shape. (For class probabilities the mean
@@ -276,12 +281,12 @@ def total_weight(
     """
     targets = read_index_targets(targets)
     dtype = compute_dtype(*(jnp.asarray(w) for w in (weight, sample_weight) if w is not None))
-    weight = read_weight(weight, None, dtype)
-    num_classes = None if weight is None else weight.size
+    weights = read_weight(weight, None, dtype)
+    num_classes = None if weights is None else weights.size
     index, ignored = read_indices(targets, num_classes, read_ignore_index(ignore_index))
-    sample_weight = read_sample_weight(sample_weight, targets.shape, dtype)
-    if weight is not None:
+    scale = read_sample_weight(sample_weight, targets.shape, dtype)
+    if weights is not None:
         index = index[..., None]
-        weight = pick(along(-1, index.ndim, weight), index, -1)
-        sample_weight = times(sample_weight, jnp.where(index < 0, 1, weight)[..., 0])
-    return total(jnp.where(ignored, 0, sample_weight), axis_name)
+        chosen = jnp.where(index < 0, 1, pick(along(-1, index.ndim, weights), index, -1))
+        scale = times(scale, chosen[..., 0])
+    return total(jnp.where(ignored, 0, scale), axis_name)

@@ -24,6 +24,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._arguments import (
+    ArrayOrList,
     check_axis,
     check_axis_name,
     check_class_mask,
@@ -81,7 +82,7 @@ class NLLLoss(_Loss):
     def __init__(
         self,
         *,
-        weight: ArrayLike | None = None,
+        weight: ArrayOrList | None = None,
         ignore_index: int | None = -100,
         reduction: str = "mean",
         axis: int | None = None,
@@ -98,7 +99,7 @@ class NLLLoss(_Loss):
         self.axis = axis
         self.axis_name = _hashable(axis_name)
 
-    def __call__(self, log_probs: ArrayLike, targets: ArrayLike, **keywords: Any) -> Array:
+    def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
         before the object's."""
         return nll(log_probs, targets, **(self._keywords() | keywords))
@@ -128,12 +129,12 @@ class CrossEntropyLoss(_Loss):
     def __init__(
         self,
         *,
-        weight: ArrayLike | None = None,
+        weight: ArrayOrList | None = None,
         ignore_index: int | None = -100,
         reduction: str = "mean",
         label_smoothing: ArrayLike = 0.0,
         axis: int | None = None,
-        class_mask: ArrayLike | None = None,
+        class_mask: ArrayOrList | None = None,
         z_loss: ArrayLike = 0.0,
         softcap: float | None = None,
         axis_name: AxisName = None,
@@ -157,14 +158,19 @@ class CrossEntropyLoss(_Loss):
         self.softcap = read_softcap(softcap)
         self.axis_name = _hashable(axis_name)
 
-    def __call__(self, logits: ArrayLike, targets: ArrayLike, **keywords: Any) -> Array:
+    def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
         `reduction="none"`) goes before the object's."""
         return cross_entropy(logits, targets, **(self._keywords() | keywords))
 
 
 def _array(value):
-    return None if value is None else nnx.data(jnp.asarray(value))
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.integer):  # or it had no gradient
+        value = value.astype(jnp.float32)
+    return nnx.data(value)
 
 
 def _number_or_array(value):

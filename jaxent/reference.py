@@ -12,6 +12,7 @@ jax.jacfwd(jaxent.reference.cross_entropy)(logits, labels)
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ._arguments import (
     check_reduction,
@@ -29,11 +30,11 @@ from ._arguments import (
     read_z_loss,
 )
 from ._reduction import total
-from ._softmax import compute_dtype, times, unless_zero
+from ._softmax import along, compute_dtype, times, unless_zero
 from ._targets import read_indices
 
 
-def log_softmax(logits, axis=-1, *, class_mask=None):
+def log_softmax(logits, axis=-1, *, class_mask=None) -> Array:
     """x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
     logits = read_logits(logits, "logits")
     axis = read_axis(axis, logits.ndim, "logits")
@@ -57,7 +58,7 @@ def nll(
     axis=None,
     sample_weight=None,
     axis_name=None,
-):
+) -> Array:
     """-sum_c w_c t_c log p_c, t one-hot for class indices, reduced."""
     x, _, t, s, w, mean_weight, poison = _read(
         "log_probs", log_probs, targets, weight, ignore_index, axis, sample_weight
@@ -84,7 +85,7 @@ def cross_entropy(
     z_loss=0.0,
     softcap=None,
     axis_name=None,
-):
+) -> Array:
     """-sum_c w_c q_c log p_c + z * lse^2, q = (1 - eps) * t + eps / C, reduced."""
     x, exists, t, s, w, mean_weight, poison = _read(
         "logits", logits, targets, weight, ignore_index, axis, sample_weight, class_mask
@@ -92,7 +93,8 @@ def cross_entropy(
     softcap = read_softcap(softcap)
     eps = read_label_smoothing(label_smoothing, x.dtype)
     z = read_z_loss(z_loss, x.dtype)
-    uniform = exists / jnp.maximum(jnp.sum(exists, -1, keepdims=True), 1).astype(x.dtype)
+    count = jnp.maximum(jnp.sum(exists, -1, keepdims=True), 1)
+    uniform = exists.astype(x.dtype) / count.astype(x.dtype)
     q = t if eps is None else (1 - eps) * t + eps * uniform
 
     def per_example(x):
@@ -108,7 +110,9 @@ def cross_entropy(
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, axis_name)
 
 
-def total_weight(targets, *, weight=None, ignore_index=-100, sample_weight=None, axis_name=None):
+def total_weight(
+    targets, *, weight=None, ignore_index=-100, sample_weight=None, axis_name=None
+) -> Array:
     """sum_i s_i w_{y_i}, over the targets that are not ignored."""
     targets = read_index_targets(targets)
     dtype = compute_dtype(*(jnp.asarray(a) for a in (weight, sample_weight) if a is not None))
@@ -135,7 +139,7 @@ def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, clas
     x = jnp.moveaxis(logits.astype(compute_dtype(logits)), axis, -1)
     num_classes = x.shape[-1]
     w = read_weight(weight, num_classes, x.dtype)
-    w = jnp.ones(num_classes, x.dtype) if w is None else w
+    w = along(-1, x.ndim, jnp.ones(num_classes, x.dtype) if w is None else w)
     s = read_sample_weight(sample_weight, x.shape[:-1], x.dtype)
     s = jnp.where(jnp.any(exists, -1), s, 0)
     if jnp.issubdtype(targets.dtype, jnp.floating):
@@ -143,7 +147,8 @@ def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, clas
         return x, exists, t, s, w, s, jnp.ones_like(s)
     index, ignored = read_indices(targets, num_classes, ignore_index)
     s = jnp.where(ignored | (index < 0) & (s == 0), 0, s)
-    t = (index[..., None] == jnp.arange(num_classes)).astype(x.dtype)
+    classes = along(-1, x.ndim, jnp.arange(num_classes))
+    t = (index[..., None] == classes).astype(x.dtype)
     t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
     mean_weight = times(s, jnp.where(index < 0, 1, jnp.sum(times(t, w), -1)))
     poison = jnp.where((index < 0) & (s != 0), jnp.nan, 1).astype(x.dtype)
@@ -166,7 +171,7 @@ def _hide_uncounted(per_example, x, s):
 
 def _reduce(loss, squared_normalizer, z, s, mean_weight, reduction, axis_name):
     check_reduction(reduction)
-    z_term = 0 if z is None else times(z, s * squared_normalizer)
+    z_term = jnp.zeros_like(s) if z is None else times(z, s * squared_normalizer)
     if reduction == "none":
         return s * loss + z_term
     loss, z_term = total(s * loss, axis_name), total(z_term, axis_name)

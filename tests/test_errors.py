@@ -96,9 +96,14 @@ CASES = {
         (LOGITS, LABELS),
         {"weight": "balanced"},
         TypeError,
-        "weight must be an array, got 'balanced'",
+        "weight must be an array or a number, got 'balanced'",
     ),
-    "targets of None": ((LOGITS, None), {}, TypeError, "targets must be an array, got None"),
+    "targets of None": (
+        (LOGITS, None),
+        {},
+        TypeError,
+        "targets must be an array or a number, got None",
+    ),
     "a weight an example": (
         (LOGITS, LABELS),
         {"weight": jnp.ones((4, 5))},
@@ -149,9 +154,14 @@ ONLY_CROSS_ENTROPY = {
         ValueError,
         r"label_smoothing must be a scalar, got float32\[4\]",
     ),
+    "smoothing a NumPy 1.5": ({"label_smoothing": np.array(1.5)}, ValueError, "must be in"),
     "smoothing nan": ({"label_smoothing": float("nan")}, ValueError, r"\[0, 1\], got nan"),
     "z_loss an array": ({"z_loss": jnp.zeros(4)}, ValueError, "z_loss must be a scalar"),
-    "a z_loss of None": ({"z_loss": None}, TypeError, "z_loss must be an array, got None"),
+    "a z_loss of None": (
+        {"z_loss": None},
+        TypeError,
+        "z_loss must be an array or a number, got None",
+    ),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be a positive Python number"),
     "softcap an array": ({"softcap": jnp.ones(())}, ValueError, "softcap must be a positive"),
     "a class_mask of numbers": (

@@ -1,6 +1,7 @@
 """Logits at the ends of their range, bad targets, empty batches: the stated outcomes."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -315,6 +316,13 @@ def test_int64_targets_beyond_32_bits_are_out_of_range():
         np.testing.assert_array_equal(np.isnan(losses), [True, False, True])
 
 
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_the_largest_uint32_may_mark_padding(module):
+    targets = np.array([1, 2**32 - 1], "uint32")
+    loss = module.cross_entropy(jnp.zeros((2, 3)), targets, ignore_index=2**32 - 1)
+    assert_close(loss, np.log(3).astype("float32"), 2)
+
+
 def test_ignore_index_none_counts_minus_100():
     loss = jaxent.cross_entropy(jnp.zeros((2, 3)), jnp.array([0, -100]), ignore_index=None)
     assert np.isnan(loss)
@@ -352,6 +360,43 @@ def test_mean_over_nothing_is_zero_with_zero_gradient(kind):
     loss, gradient = jax.value_and_grad(mean)(logits)
     assert loss == 0
     np.testing.assert_array_equal(gradient, np.zeros(logits.shape))
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_strict_modes_of_jax_are_passed(module):
+    logits, targets = jnp.ones((2, 4, 3)), jnp.zeros((2, 3), int)
+    keywords = {
+        "weight": jnp.ones(4),
+        "class_mask": jnp.array([True, True, True, False]),
+        "label_smoothing": 0.1,
+        "z_loss": 0.1,
+        "softcap": 5.0,
+        "sample_weight": jnp.ones((2, 3), bool),
+    }
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for t in (targets, logits / 4):
+            loss = module.cross_entropy(logits, t, axis=1, **keywords)
+            assert np.isfinite(loss) or t is not targets
+        module.nll(logits, targets, axis=1, weight=jnp.ones(4))
+        module.log_softmax(logits, 1)
+        module.total_weight(targets, weight=jnp.ones(4))
+
+
+def test_no_nan_is_made_on_the_way_to_a_row_without_classes():
+    mask = jnp.array([[True, True, True], [False, False, False]])
+    with jax.debug_nans(True):
+        loss = jaxent.cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1]), class_mask=mask)
+    assert_close(loss, np.log(3).astype("float32"), 2)
+
+
+def test_a_symbolic_batch_is_exported():
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [((batch, 4), "float32"), ((batch,), "int32"), ((batch,), "float32")]
+    exported = jax.export.export(
+        jax.jit(lambda x, y, s: jaxent.cross_entropy(x, y, sample_weight=s, label_smoothing=0.1))
+    )(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    loss = exported.call(jnp.zeros((5, 4)), jnp.zeros(5, "int32"), jnp.ones(5))
+    assert_close(loss, np.log(4).astype("float32"), 2)
 
 
 def test_one_class_is_certain():
