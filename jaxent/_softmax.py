@@ -91,7 +91,7 @@ def _centre(softcap, x, shift, exists):
     return centred if exists is None else jnp.where(exists, centred, -jnp.inf)
 
 
-# Second order comes through the next two. Where x is NaN their derivatives are finite: the row
+# Second order comes through the next three. Where a row is not finite their derivatives are: it
 # may be one that the loss does not count; if it counts, its NaN shows in the other factors.
 
 
@@ -125,6 +125,17 @@ def _log_sum_jvp(axis, softcap, primals, tangents):
     slope = _slope(softcap, primals[0])
     dx = jnp.where(jnp.isfinite(log_sum), probs * slope, 0) * tangents[0]
     return log_sum, jnp.sum(dx, axis, keepdims=True)
+
+
+@jax.custom_jvp
+def _product(q, centred):
+    return times(q, centred)
+
+
+@_product.defjvp
+def _product_jvp(primals, tangents):
+    (q, centred), (dq, d_centred) = primals, tangents
+    return _product(q, centred), q * d_centred + dq * jnp.where(jnp.isfinite(centred), centred, 0)
 
 
 def row_sums(
@@ -173,7 +184,7 @@ def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
         centred = _centre(softcap, x, shift, exists)
         q = _spread(mass, centred)
         sums.append(jnp.sum(q, axis, keepdims=True))
-        sums.append(jnp.sum(times(q, centred), axis, keepdims=True))
+        sums.append(jnp.sum(_product(q, centred), axis, keepdims=True))
     return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, log_sum)
 
 

@@ -121,7 +121,7 @@ def nll(
         sample_weight=sample_weight,
     )
     _, *sums = row_sums(rows.axis, None, rows.logits, None, None, rows.index, rows.mass)
-    loss, _ = _weigh(rows, 0, *sums, 0)
+    loss, _ = _weigh(rows, 0, *sums, None)
     return reduce([(rows.scale * loss, rows.denominator)], rows.axis, reduction, axis_name)
 
 
@@ -219,9 +219,10 @@ def cross_entropy(
     log_sum, *sums = row_sums(
         rows.axis, softcap, rows.logits, shift, rows.exists, rows.index, rows.mass
     )
-    loss, squared_normalizer = _weigh(rows, log_sum, *sums, shift + log_sum)
+    coefficient = read_z_loss(z_loss, log_sum.dtype)
+    log_normalizer = None if coefficient is None else shift + log_sum
+    loss, squared_normalizer = _weigh(rows, log_sum, *sums, log_normalizer)
     terms = [(rows.scale * loss, rows.denominator)]
-    coefficient = read_z_loss(z_loss, loss.dtype)
     if coefficient is not None:
         penalty = times(coefficient, rows.scale * squared_normalizer)
         terms.append((penalty, rows.sample_weight))
@@ -237,7 +238,7 @@ def _weigh(rows, *sums):
             loss += times(rows.picked_weight, log_sum - picked)
         if mass_sum is not None:
             loss += times(mass_sum, log_sum) - target_sum
-        return loss, log_normalizer**2
+        return loss, 0 if log_normalizer is None else log_normalizer**2
 
     # Such an example's sums are set to 0, not its result: derivatives would be 0 * inf.
     finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient(sums))))

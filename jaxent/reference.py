@@ -65,10 +65,10 @@ def nll(
     )
 
     def per_example(x):
-        return -jnp.sum(times(times(t, w), x), -1), jnp.zeros_like(s)
+        return -jnp.sum(times(times(t, w), x), -1), 0
 
-    loss, squared = _hide_uncounted(per_example, x, s)
-    return _reduce(loss * poison, squared, None, s, mean_weight, reduction, axis_name)
+    loss, _ = _hide_uncounted(per_example, x, s)
+    return _reduce(loss * poison, 0, None, s, mean_weight, reduction, axis_name)
 
 
 def cross_entropy(
@@ -104,7 +104,7 @@ def cross_entropy(
         # A row without classes is not counted: let it be finite.
         empty = ~jnp.any(exists, -1, keepdims=True)
         log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
-        return -jnp.sum(times(times(q, w), log_p), -1), lse**2
+        return -jnp.sum(times(times(q, w), log_p), -1), lse if z is None else lse**2
 
     loss, squared = _hide_uncounted(per_example, x, s)
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, axis_name)

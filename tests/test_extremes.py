@@ -145,6 +145,15 @@ def test_squared_normalizer_that_overflows_stays_with_its_example(module):
 
 
 @pytest.mark.parametrize("module", [jaxent, reference])
+def test_sample_weight_of_zero_has_a_derivative_at_any_finite_loss(module):
+    logits, targets = np.array([[1e25, 1e20]], "float32"), np.array([1])
+    gradient = jax.grad(
+        lambda s: module.cross_entropy(logits, targets, sample_weight=s, reduction="sum")
+    )(jnp.zeros(1))
+    assert_close(gradient, np.array([1e25 - 1e20], "float32"), 1)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
 def test_smoothing_of_zero_beside_minus_infinity_has_the_other_classes_derivative(module):
     logits = np.array([[-INF, 1.0, 2.0]], "float32")
     gradient = jax.grad(lambda e: module.cross_entropy(logits, [1], label_smoothing=e))(0.0)
@@ -160,10 +169,11 @@ def test_nan_in_a_counted_row_shows_in_its_row_alone(bad):
     assert np.all(np.isnan(gradient[0])) and np.all(np.isfinite(gradient[1]))
 
 
+@pytest.mark.parametrize("module", [jaxent, reference])
 @pytest.mark.parametrize("how", ["ignored", "weightless", "classless"])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 9.0}])
-def test_nan_in_an_uncounted_row_reaches_nothing(how, bad, options):
+def test_nan_in_an_uncounted_row_reaches_nothing(module, how, bad, options):
     logits = np.array([[bad, bad, bad], [0, 1, 2]], "float32")
     arguments = {"targets": np.array([0, 1]), "weight": np.array([1, 2, 3], "float32")}
     if how == "ignored":
@@ -174,7 +184,7 @@ def test_nan_in_an_uncounted_row_reaches_nothing(how, bad, options):
         arguments["class_mask"] = np.array([[False], [True]]) & np.ones((2, 3), bool)
 
     def mean(logits, weight):
-        return jaxent.cross_entropy(logits, **(arguments | {"weight": weight}), **options)
+        return module.cross_entropy(logits, **(arguments | {"weight": weight}), **options)
 
     value, (gradient, by_weight) = jax.jit(jax.value_and_grad(mean, (0, 1)))(
         logits, arguments["weight"]

@@ -296,3 +296,27 @@ def test_second_derivatives_of_uncounted_nan_rows_are_zero():
     np.testing.assert_array_equal(reverse[1], 0)
     assert np.all(np.isfinite(hessian)) and np.any(hessian[0] != 0)
     assert np.all(np.isfinite(reverse)) and np.any(reverse[0] != 0)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_grad_of_grad_of_shared_arguments_passes_by_uncounted_nan_rows(kind):
+    logits = jnp.array([[1.0, 2.0, 3.0], [jnp.nan, 0.0, -jnp.inf], [0.0, 1.0, 1.0]])
+    targets = jnp.array([0, 2, 1]) if kind == "indices" else jnp.eye(3)[:, ::-1]
+
+    def hessian(function):
+        def loss(weight, smoothing, z_loss):
+            return function(
+                logits,
+                targets,
+                weight=weight,
+                label_smoothing=smoothing,
+                z_loss=z_loss,
+                sample_weight=jnp.array([1.0, 0.0, 2.0]),
+            )
+
+        grad = jax.grad(loss, argnums=(0, 1, 2))
+        return jax.jit(jax.jacrev(grad, argnums=(0, 1, 2)))(jnp.ones(3), 0.1, 0.1)
+
+    actual, expected = hessian(jaxent.cross_entropy), hessian(reference.cross_entropy)
+    assert any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: assert_close(a, b, 16), actual, expected)
