@@ -37,9 +37,11 @@ INSTALLED = {"optax": optax, "t5x": t5x_losses, "PyTorch": torch, "jaxent": jaxe
 
 
 def optax_mean(logits, labels, mask=None):
-    """The mean that optax leaves to its users."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), labels)
-    return losses.mean() if mask is None else jnp.sum(losses * mask) / jnp.sum(mask)
+    """The mean that optax leaves to its users, with its own `where` for the mask."""
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    if mask is None:
+        return loss(jnp.asarray(logits), labels).mean()
+    return jnp.sum(loss(jnp.asarray(logits), labels, where=mask[:, None] != 0)) / jnp.sum(mask)
 
 
 def t5x_mean(logits, labels, mask=None):
