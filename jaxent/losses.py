@@ -48,6 +48,18 @@ class _Loss(nnx.Pytree):
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
+    def _set_shared(self, weight, ignore_index, reduction, axis, axis_name) -> None:
+        check_reduction(reduction)
+        check_axis_name(axis_name)
+        if axis is not None:
+            check_axis(axis)
+        read_weight(weight, None)
+        self.weight = _array(weight)
+        self.ignore_index = read_ignore_index(ignore_index)
+        self.reduction = reduction
+        self.axis = axis
+        self.axis_name = _hashable(axis_name)
+
     def _keywords(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
@@ -88,16 +100,7 @@ class NLLLoss(_Loss):
         axis: int | None = None,
         axis_name: AxisName = None,
     ):
-        check_reduction(reduction)
-        if axis is not None:
-            check_axis(axis)
-        check_axis_name(axis_name)
-        read_weight(weight, None)
-        self.weight = _array(weight)
-        self.ignore_index = read_ignore_index(ignore_index)
-        self.reduction = reduction
-        self.axis = axis
-        self.axis_name = _hashable(axis_name)
+        self._set_shared(weight, ignore_index, reduction, axis, axis_name)
 
     def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
@@ -139,24 +142,15 @@ class CrossEntropyLoss(_Loss):
         softcap: float | None = None,
         axis_name: AxisName = None,
     ):
-        check_reduction(reduction)
-        if axis is not None:
-            check_axis(axis)
-        check_axis_name(axis_name)
-        read_weight(weight, None)
+        self._set_shared(weight, ignore_index, reduction, axis, axis_name)
         read_label_smoothing(label_smoothing)
         read_z_loss(z_loss)
         if class_mask is not None:
             check_class_mask(class_mask)
-        self.weight = _array(weight)
-        self.ignore_index = read_ignore_index(ignore_index)
-        self.reduction = reduction
         self.label_smoothing = _number_or_array(label_smoothing)
-        self.axis = axis
         self.class_mask = _array(class_mask)
         self.z_loss = _number_or_array(z_loss)
         self.softcap = read_softcap(softcap)
-        self.axis_name = _hashable(axis_name)
 
     def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
