@@ -164,10 +164,7 @@ def _wide(dtype):
 
 def precision(call: Call):
     """The context in which float64 and int64 exist, if the call has either."""
-    wide = any(
-        getattr(a, "dtype", None) in ("float64", "int64") for a in [call.dtype, call.targets]
-    )
-    wide |= call.dtype == jnp.float64
+    wide = call.dtype == jnp.float64 or call.targets.dtype in ("float64", "int64")
     return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 

@@ -185,10 +185,9 @@ def test_permutation(call, seed):
         inside = (call.targets >= 0) & (call.targets < num_classes)
         index = np.where(inside, call.targets, 0).astype(int)
         changes["targets"] = np.where(inside, place[index], call.targets).astype(call.targets.dtype)
-        if 0 <= (ignored := call.get("ignore_index") or -1) < num_classes or ignored == 0:
+        ignored = call.get("ignore_index")
+        if ignored is not None and 0 <= ignored < num_classes:
             changes["ignore_index"] = int(place[ignored])
-        elif call.get("ignore_index") == 0:
-            changes["ignore_index"] = int(place[0])
     if "weight" in call.floats:
         changes["weight"] = call.floats["weight"][order]
     if (mask := call.get("class_mask")) is not None:
@@ -236,7 +235,6 @@ def test_uncounted_example_acts_as_deleted(call, seed):
     rows = call.cotangent.shape
     gone = random.uniform(size=rows) < 0.5
     gone.reshape(rows[0], -1)[0] = True
-    gone &= ~np.zeros(rows, bool)
     # Whole first-axis entries go, so that what is left is an array again.
     gone = np.broadcast_to(
         gone.reshape(rows[0], -1)[:, :1].reshape([-1] + [1] * (len(rows) - 1)), rows
