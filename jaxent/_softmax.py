@@ -1,9 +1,10 @@
-"""The primitive of a row of logits: its log-sum, its target logit and its target sums.
+"""The primitive of a row of logits: its log-sum, entropy, target logit and target sums.
 
 With z the logits (soft-capped, if asked), s the row's shift, y its target class and q a
 target mass over classes:
 
     log_sum    = log(sum_c exp(z_c - s))
+    entropy    = log_sum - sum_c p_c * (z_c - s),  p_c = exp(z_c - s - log_sum)
     picked     = z_y - s
     mass_sum   = sum_c q_c
     target_sum = sum_c q_c * (z_c - s)
@@ -20,7 +21,7 @@ gradient 0 whatever it holds.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) ->
     x = jax.lax.stop_gradient(x).astype(compute_dtype(x))
     if exists is not None:
         x = jnp.where(exists, x, -jnp.inf)
-    return _cap(softcap, jnp.max(x, axis, keepdims=True))
+    return cap(softcap, jnp.max(x, axis, keepdims=True))
 
 
 def _centre(softcap, x, shift, exists):
@@ -87,7 +88,7 @@ def _centre(softcap, x, shift, exists):
     x = x.astype(compute_dtype(x))
     if shift is None:  # log-probabilities: nothing to normalize
         return x
-    centred = _cap(softcap, x) - shift
+    centred = cap(softcap, x) - shift
     return centred if exists is None else jnp.where(exists, centred, -jnp.inf)
 
 
@@ -96,14 +97,14 @@ def _centre(softcap, x, shift, exists):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _cap(softcap, x):
+def cap(softcap, x):
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
-@_cap.defjvp
+@cap.defjvp
 def _cap_jvp(softcap, primals, tangents):
     (x,), (dx,) = primals, tangents
-    return _cap(softcap, x), _slope(softcap, x) * dx
+    return cap(softcap, x), _slope(softcap, x) * dx
 
 
 def _slope(softcap, x):
@@ -128,14 +129,24 @@ def _log_sum_jvp(axis, softcap, primals, tangents):
 
 
 @jax.custom_jvp
-def _product(q, centred):
+def product(q, centred):
     return times(q, centred)
 
 
-@_product.defjvp
-def _product_jvp(primals, tangents):
+@product.defjvp
+def product_jvp(primals, tangents):
     (q, centred), (dq, d_centred) = primals, tangents
-    return _product(q, centred), q * d_centred + dq * jnp.where(jnp.isfinite(centred), centred, 0)
+    return product(q, centred), q * d_centred + dq * jnp.where(jnp.isfinite(centred), centred, 0)
+
+
+class RowSums(NamedTuple):
+    """Sums of the rows, or their cotangents; None for those not asked for."""
+
+    log_sum: Any = None
+    entropy: Any = None
+    picked: Any = None
+    mass_sum: Any = None
+    target_sum: Any = None
 
 
 def row_sums(
@@ -145,9 +156,10 @@ def row_sums(
     shift: Array | None,
     exists: Array | None,
     index: Array | None,
-    mass: Callable[[], Array] | None,
-) -> tuple[Any, Any, Any, Any]:
-    """Log-sum, picked logit, mass and target sum of each row, each (..., 1, ...) or None.
+    mass: Callable[[Any], Array] | None,
+    entropy: bool = False,
+) -> RowSums:
+    """The sums of each row, (..., 1, ...), those that are asked for.
 
     Args:
       axis: the class axis.
@@ -157,78 +169,105 @@ def row_sums(
         leaves the log-sum out.
       exists: bool, (..., C, ...), broadcastable to x; None where all classes exist.
       index: int32, (..., 1, ...), < 0 for none; None leaves the picked logit out.
-      mass: a `jax.tree_util.Partial` that returns q, (..., C, ...), broadcastable to x; its
-        arrays are differentiated through. None leaves both sums of it out.
+      mass: a `jax.tree_util.Partial` that takes `exists` and returns q, broadcastable to x;
+        its arrays are differentiated through. None leaves both sums of it out.
+      entropy: whether to return it.
     """
-    shift, exists, index, mass, x = _vary_alike(shift, exists, index, mass, x)
-    sums = _row_sums(axis, softcap, x, shift, exists, index, mass)
-    return _unpack(axis, sums, shift, index, mass)
+    shift, exists, index, mass, x = vary_alike(shift, exists, index, mass, x)
+    asked = (shift is not None, entropy, index is not None, mass is not None)
+    return _unpack(axis, asked, _row_sums(axis, softcap, entropy, x, shift, exists, index, mass))
 
 
 # One array holds all sums: `vmap` gets the gradient of an unmapped argument wrong where some
 # outputs of a custom_vjp are mapped and others are not (seen in jax 0.9.0 to 0.12.0).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _row_sums(axis, softcap, x, shift, exists, index, mass):
-    return _row_sums_fwd(axis, softcap, x, shift, exists, index, mass)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _row_sums(axis, softcap, entropy, x, shift, exists, index, mass):
+    return _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass)[0]
 
 
-def _row_sums_fwd(axis, softcap, x, shift, exists, index, mass):
-    sums, log_sum = [], None
+def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
+    sums, log_sum, spread = [], None, None
     if shift is not None:
         log_sum = _log_sum(axis, softcap, x, shift, exists)
         sums.append(log_sum)
+    if entropy:
+        centred = _centre(softcap, x, shift, exists)
+        mean = jnp.sum(product(jnp.exp(centred - log_sum), centred), axis, keepdims=True)
+        spread = log_sum - mean
+        sums.append(spread)
     if index is not None:
         known = None if exists is None else pick(exists.astype(x.dtype), index, axis) > 0
         sums.append(_centre(softcap, pick(x, index, axis), shift, known))
     if mass is not None:
         centred = _centre(softcap, x, shift, exists)
-        q = _spread(mass, centred)
+        q = unless_lost(mass(exists), centred)
         sums.append(jnp.sum(q, axis, keepdims=True))
-        sums.append(jnp.sum(_product(q, centred), axis, keepdims=True))
-    return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, log_sum)
+        sums.append(jnp.sum(product(q, centred), axis, keepdims=True))
+    return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, log_sum, spread)
 
 
-def _row_sums_bwd(axis, softcap, residuals, cotangents):
-    x, shift, exists, index, mass, log_sum = residuals
-    sums = _unpack(axis, cotangents, shift, index, mass)
-    d_log_sum, d_picked, d_mass_sum, d_target_sum = sums
-    centred = _centre(softcap, x, shift, exists)
-    d_centred, d_mass = 0, None
-    if log_sum is not None:
-        uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)
-        probs = jnp.exp(jnp.where(uncounted, -jnp.inf, centred - log_sum))
-        d_centred += d_log_sum * probs
-    if index is not None:
-        # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
-        d_centred += jnp.where(_one_hot(index, x, axis), d_picked, 0 * d_picked)
-    if mass is not None:
-        q, pull = jax.vjp(lambda mass: _spread(mass, centred), mass)
-        d_centred += times(d_target_sum, q)
-        (d_mass,) = pull(d_mass_sum + times(d_target_sum, unless_zero(q, centred)))
-    d_x = d_centred * _slope(softcap, x)
-    if exists is not None:
-        d_x = jnp.where(exists, d_x, 0)
+def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
+    x, shift, exists, index, mass, log_sum, spread = residuals
+    asked = (shift is not None, entropy, index is not None, mass is not None)
+    q, pull = (None, None) if mass is None else jax.vjp(lambda mass: mass(exists), mass)
+    d_x, d_q = row_gradients(
+        axis,
+        softcap,
+        x,
+        shift,
+        exists,
+        index,
+        q,
+        log_sum,
+        spread,
+        _unpack(axis, asked, cotangents),
+    )
+    d_mass = None if pull is None else pull(d_q)[0]
     return d_x.astype(x.dtype), None, None, None, d_mass
 
 
 _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
 
 
-def _unpack(axis, sums, shift, index, mass):
+def row_gradients(
+    axis, softcap, x, shift, exists, index, q, log_sum, entropy, cotangents: RowSums
+) -> tuple[Array, Array | None]:
+    """The gradients of a loss with respect to logits and target mass, given those of the sums."""
+    d_log_sum, d_entropy, d_picked, d_mass_sum, d_target_sum = cotangents
+    centred = _centre(softcap, x, shift, exists)
+    d_centred, d_q = 0, None
+    if log_sum is not None:
+        unused = (d_log_sum == 0) & (0 if entropy is None else d_entropy == 0)
+        log_probs = jnp.where(unused & ~jnp.isfinite(log_sum), -jnp.inf, centred - log_sum)
+        probs = jnp.exp(log_probs)
+        d_centred += d_log_sum * probs
+        if entropy is not None:
+            d_centred -= d_entropy * product(probs, log_probs + entropy)
+    if index is not None:
+        # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
+        d_centred += jnp.where(_one_hot(index, x, axis), d_picked, 0 * d_picked)
+    if q is not None:
+        # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
+        q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
+        d_centred += times(d_target_sum, q)
+        (d_q,) = unspread(d_mass_sum + times(d_target_sum, unless_zero(q, centred)))
+    d_x = d_centred * _slope(softcap, x)
+    return d_x if exists is None else jnp.where(exists, d_x, 0), d_q
+
+
+def _unpack(axis, asked, sums):
+    """Slices of the sums; `asked` for log-sum, entropy, picked logit, both sums of the mass."""
     parts = iter(jnp.split(sums, sums.shape[axis], axis))
-    log_sum = None if shift is None else next(parts)
-    picked = None if index is None else next(parts)
-    mass_sum, target_sum = (None, None) if mass is None else parts
-    return log_sum, picked, mass_sum, target_sum
+    return RowSums(*(next(parts) if wanted else None for wanted in (*asked, asked[-1])))
 
 
-def _spread(mass, centred):
+def unless_lost(q, centred):
     """q, of the rows' shape; without derivative where no mass meets an infinite loss."""
-    q = mass().astype(centred.dtype)
+    q = q.astype(centred.dtype)
     return jnp.where((q == 0) & ~jnp.isfinite(centred), 0, q)
 
 
-def _vary_alike(*trees):
+def vary_alike(*trees):
     """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
 
     A custom_vjp returns cotangents that vary as its arguments do; marking the arguments

@@ -5,7 +5,9 @@ nothing left to decide.
 """
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,7 +19,6 @@ from ._arguments import (
     read_class_mask,
     read_ignore_index,
     read_label_smoothing,
-    read_logits,
     read_sample_weight,
     read_targets,
     read_weight,
@@ -25,20 +26,32 @@ from ._arguments import (
 from ._softmax import along, compute_dtype, pick, times, unless_zero
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=["axis"],
+    data_fields=[
+        "exists",
+        "index",
+        "picked_weight",
+        "mass",
+        "sample_weight",
+        "scale",
+        "denominator",
+    ],
+)
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Logits and targets, read. Arrays of one value an example keep the class axis as 1.
+    """Targets, read. Arrays of one value an example keep the class axis as 1.
 
     An example's loss is `picked_weight` times that of the class at `index`, plus that of the
     target mass: the probabilities, or for indices the part that smoothing spreads.
     """
 
     axis: int
-    logits: Array  # (..., C, ...)
     exists: Array | None  # bool, of the logits' shape or a table; None where all exist
     index: Array | None  # int32, -1 if out of range; None for probabilities
     picked_weight: Array | None
-    mass: Partial | None  # () -> (..., C, ...), broadcastable to the logits
+    mass: Partial | None  # exists -> (..., C, ...), broadcastable to the logits
     sample_weight: Array  # 0 for examples that are not counted
     scale: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
@@ -56,8 +69,10 @@ def read_rows(
     sample_weight=None,
     class_mask=None,
 ) -> Rows:
-    """Check the arguments of a loss and read off what they say; `name` is the logits'."""
-    logits = read_logits(logits, name)
+    """Check the arguments of a loss and read off what they say.
+
+    Of the logits, called `name`, only shape and dtype are asked.
+    """
     targets = read_targets(targets)
     axis = read_class_axis(axis, logits, targets, name)
     dtype = compute_dtype(logits)
@@ -69,22 +84,21 @@ def read_rows(
     ignore_index = read_ignore_index(ignore_index, targets)
     smoothing = read_label_smoothing(label_smoothing, dtype)
     sample_weight = jnp.expand_dims(read_sample_weight(sample_weight, per_example, dtype), axis)
-    uniform = along(axis, ndim, jnp.full(num_classes, 1 / num_classes, dtype))
+    share = jnp.full((1,) * ndim, 1 / num_classes, dtype)
     if exists is not None:
         # A row without classes is not counted; with all of them, it is at least finite.
         empty = ~jnp.any(exists, axis, keepdims=True)
         sample_weight = jnp.where(empty, 0, sample_weight)
         exists |= empty
-        uniform = jnp.where(exists, 1 / jnp.sum(exists, axis, keepdims=True).astype(dtype), 0)
+        share = 1 / jnp.sum(exists, axis, keepdims=True).astype(dtype)
 
     if jnp.issubdtype(targets.dtype, jnp.floating):
         return Rows(
             axis=axis,
-            logits=logits,
             exists=exists,
             index=None,
             picked_weight=None,
-            mass=Partial(_mass, targets, sample_weight, smoothing, uniform, weight),
+            mass=Partial(_mass, targets, sample_weight, smoothing, share, weight),
             sample_weight=sample_weight,
             scale=sample_weight,
             denominator=sample_weight,
@@ -107,11 +121,10 @@ def read_rows(
         picked_weight = (1 - smoothing) * picked_weight
     return Rows(
         axis=axis,
-        logits=logits,
         exists=exists,
         index=index,
         picked_weight=picked_weight,
-        mass=None if smoothing is None else Partial(_mass, None, None, smoothing, uniform, weight),
+        mass=None if smoothing is None else Partial(_mass, None, None, smoothing, share, weight),
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
         scale=sample_weight * jnp.where(outside, jnp.nan, 1).astype(dtype),
@@ -119,12 +132,13 @@ def read_rows(
     )
 
 
-def _mass(targets, sample_weight, smoothing, uniform, weight):
+def _mass(targets, sample_weight, smoothing, share, weight, exists):
     """q = w * ((1 - eps) * targets + eps / C), C counting the classes that exist."""
-    mass = jnp.zeros_like(uniform)
+    mass = jnp.zeros_like(share)
     if targets is not None:
-        mass = unless_zero(sample_weight, targets.astype(uniform.dtype))
+        mass = unless_zero(sample_weight, targets.astype(share.dtype))
     if smoothing is not None:
+        uniform = share if exists is None else jnp.where(exists, share, 0)
         mass = (1 - smoothing) * mass + smoothing * uniform
     return mass if weight is None else times(mass, weight)
 

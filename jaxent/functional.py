@@ -30,8 +30,8 @@ from ._arguments import (
     read_z_loss,
 )
 from ._reduction import AxisName, reduce, total
-from ._softmax import along, compute_dtype, pick, row_max, row_sums, times
-from ._targets import read_indices, read_rows
+from ._softmax import RowSums, along, compute_dtype, pick, row_max, row_sums, times
+from ._targets import Rows, read_indices, read_rows
 
 
 def log_softmax(
@@ -66,8 +66,8 @@ def log_softmax(
     x = logits.astype(compute_dtype(logits))
     finite = None if exists is None else exists | ~jnp.any(exists, axis, keepdims=True)
     shift = row_max(axis, None, x, finite)
-    log_sum, *_ = row_sums(axis, None, x, shift, finite, None, None)
-    log_probs = x - shift - log_sum
+    sums = row_sums(axis, None, x, shift, finite, None, None)
+    log_probs = x - shift - sums.log_sum
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
     return log_probs.astype(logits.dtype)
@@ -111,6 +111,7 @@ def nll(
       Array([0.6931472 , 0.22314353], dtype=float32)
     """
     check_reduction(reduction)
+    log_probs = read_logits(log_probs, "log_probs")
     rows = read_rows(
         log_probs,
         targets,
@@ -120,9 +121,8 @@ def nll(
         axis=axis,
         sample_weight=sample_weight,
     )
-    _, *sums = row_sums(rows.axis, None, rows.logits, None, None, rows.index, rows.mass)
-    loss, _ = _weigh(rows, 0, *sums, None)
-    return reduce([(rows.scale * loss, rows.denominator)], rows.axis, reduction, axis_name)
+    sums = row_sums(rows.axis, None, log_probs, None, None, rows.index, rows.mass)
+    return reduce(loss_terms(rows, None, None, sums), rows.axis, reduction, axis_name)
 
 
 def cross_entropy(
@@ -204,6 +204,7 @@ def cross_entropy(
     """
     check_reduction(reduction)
     softcap = read_softcap(softcap)
+    logits = read_logits(logits, "logits")
     rows = read_rows(
         logits,
         targets,
@@ -215,35 +216,33 @@ def cross_entropy(
         sample_weight=sample_weight,
         class_mask=class_mask,
     )
-    shift = row_max(rows.axis, softcap, rows.logits, rows.exists)
-    log_sum, *sums = row_sums(
-        rows.axis, softcap, rows.logits, shift, rows.exists, rows.index, rows.mass
-    )
-    coefficient = read_z_loss(z_loss, log_sum.dtype)
-    log_normalizer = None if coefficient is None else shift + log_sum
-    loss, squared_normalizer = _weigh(rows, log_sum, *sums, log_normalizer)
-    terms = [(rows.scale * loss, rows.denominator)]
-    if coefficient is not None:
-        penalty = times(coefficient, rows.scale * squared_normalizer)
-        terms.append((penalty, rows.sample_weight))
+    shift = row_max(rows.axis, softcap, logits, rows.exists)
+    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.index, rows.mass)
+    terms = loss_terms(rows, read_z_loss(z_loss, shift.dtype), shift, sums)
     return reduce(terms, rows.axis, reduction, axis_name)
 
 
-def _weigh(rows, *sums):
-    """Per-example loss and squared log-normalizer; 0 if neither counted nor finite."""
+def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowSums):
+    """Pairs of (numerator, denominator) of the examples: the loss, and z-loss if there is one."""
 
-    def per_example(log_sum, picked, mass_sum, target_sum, log_normalizer):
-        loss = 0
-        if picked is not None:
-            loss += times(rows.picked_weight, log_sum - picked)
-        if mass_sum is not None:
-            loss += times(mass_sum, log_sum) - target_sum
-        return loss, 0 if log_normalizer is None else log_normalizer**2
+    def per_example(shift, sums):
+        loss, log_sum = 0, 0 if sums.log_sum is None else sums.log_sum
+        if sums.picked is not None:
+            loss += times(rows.picked_weight, log_sum - sums.picked)
+        if sums.mass_sum is not None:
+            loss += times(sums.mass_sum, log_sum) - sums.target_sum
+        return loss, 0 if z_loss is None else (shift + log_sum) ** 2
 
-    # Such an example's sums are set to 0, not its result: derivatives would be 0 * inf.
-    finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient(sums))))
+    # An example neither counted nor finite: its sums are set to 0, not its result, whose
+    # derivatives would be 0 * inf.
+    finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient((shift, sums)))))
     hidden = (rows.sample_weight == 0) & ~finite
-    return per_example(*jax.tree.map(lambda values: jnp.where(hidden, 0, values), sums))
+    shown = jax.tree.map(lambda values: jnp.where(hidden, 0, values), (shift, sums))
+    loss, squared_normalizer = per_example(*shown)
+    terms = [(rows.scale * loss, rows.denominator)]
+    if z_loss is not None:
+        terms.append((times(z_loss, rows.scale * squared_normalizer), rows.sample_weight))
+    return terms
 
 
 def total_weight(
