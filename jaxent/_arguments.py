@@ -15,8 +15,6 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._softmax import along
-
 ArrayOrList = ArrayLike | Sequence[Any]
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -65,13 +63,14 @@ def read_targets(targets) -> Array:
     return targets
 
 
-def read_index_targets(targets) -> Array:
+def read_index_targets(
+    targets,
+    wanted: str = "total_weight counts class indices; for class probabilities the mean divides "
+    "by the sum of sample weights",
+) -> Array:
     targets = read_targets(targets)
     if jnp.issubdtype(targets.dtype, jnp.floating):
-        raise TypeError(
-            f"targets are {targets.dtype}{list(targets.shape)}: total_weight counts class "
-            "indices; for class probabilities the mean divides by the sum of sample weights"
-        )
+        raise TypeError(f"targets are {targets.dtype}{list(targets.shape)}: {wanted}")
     return targets
 
 
@@ -137,9 +136,10 @@ def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | 
         return None
     check_class_mask(class_mask)
     class_mask = jnp.asarray(class_mask)
+    table = tuple(size if i == axis else 1 for i, size in enumerate(logits.shape))
     got = f"class_mask is {class_mask.dtype}{list(class_mask.shape)}, {name} {list(logits.shape)}"
-    if class_mask.shape == (logits.shape[axis],):
-        return along(axis, logits.ndim, class_mask)
+    if class_mask.shape in [(logits.shape[axis],), table]:
+        return class_mask.reshape(table)
     if class_mask.ndim != logits.ndim or not _broadcasts(class_mask.shape, logits.shape):
         raise ValueError(
             f"{got}: it must be [{logits.shape[axis]}], one value a class, or have "
@@ -239,3 +239,74 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return jnp.broadcast_shapes(shape, to) == to
     except ValueError:
         return False
+
+
+def read_hidden_and_kernel(hidden, kernel, class_axis, dtype):
+    """Both, the class axis as 0 or 1, and the dtype of their product."""
+    hidden, kernel = _as_array("hidden", hidden), _as_array("kernel", kernel)
+    shapes = f"hidden is {hidden.dtype}{list(hidden.shape)}, kernel {kernel.dtype}"
+    shapes += f"{list(kernel.shape)}"
+    for array in (hidden, kernel):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{shapes}: both must be float arrays; the order of arguments is hidden, "
+                "kernel, targets"
+            )
+    class_axis = read_kernel_axis(class_axis) % 2
+    if hidden.ndim == 0 or kernel.ndim != 2:
+        raise ValueError(f"{shapes}: they must be (..., D) and (D, C), or (C, D) with class_axis=0")
+    width, other = hidden.shape[-1], kernel.shape[1 - class_axis]
+    if width != other:
+        hint = ""
+        if width == kernel.shape[class_axis]:
+            hint = f"; if its classes are on the other axis, pass class_axis={class_axis - 1}"
+        wanted = f"[{width}, C]" if class_axis else f"[C, {width}]"
+        raise ValueError(f"{shapes}: the kernel must be {wanted}{hint}")
+    if kernel.shape[class_axis] == 0:
+        raise ValueError(f"{shapes}: there are no classes along its axis {class_axis}")
+    return hidden, kernel, class_axis, read_dtype(dtype) or jnp.result_type(hidden, kernel)
+
+
+def read_kernel_axis(class_axis) -> int:
+    if not isinstance(class_axis, (int, np.integer)) or class_axis not in (-2, -1, 0, 1):
+        raise ValueError(f"class_axis must be -1, for a (D, C) kernel, or 0, got {class_axis!r}")
+    return int(class_axis)
+
+
+def read_dtype(dtype):
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a float type or None, got {dtype!r}")
+    return None if dtype is None else jnp.dtype(dtype)
+
+
+def read_head_targets(targets, hidden: Array, num_classes: int) -> Array:
+    targets = read_targets(targets)
+    shape = hidden.shape[:-1]
+    shapes = f"hidden is {list(hidden.shape)}, targets {targets.dtype}{list(targets.shape)}"
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        if targets.shape != (*shape, num_classes):
+            raise ValueError(
+                f"{shapes}: float targets are class probabilities and must be "
+                f"{[*shape, num_classes]}; class indices need an integer dtype"
+            )
+    elif targets.shape != shape:
+        raise ValueError(f"{shapes}: class indices must be {list(shape)}")
+    return targets
+
+
+def read_bias(bias, num_classes: int, dtype) -> Array | None:
+    """A table, (1, C)."""
+    if bias is None:
+        return None
+    bias = _as_array("bias", bias)
+    if bias.shape != (num_classes,):
+        raise ValueError(f"bias is {list(bias.shape)}: it must be [{num_classes}]")
+    return _real("bias", bias, dtype)[None]
+
+
+def read_chunk_size(chunk_size) -> int | None:
+    if chunk_size is None:
+        return None
+    if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
+        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+    return int(chunk_size)

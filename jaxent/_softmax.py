@@ -237,8 +237,10 @@ def row_gradients(
     centred = _centre(softcap, x, shift, exists)
     d_centred, d_q = 0, None
     if log_sum is not None:
-        unused = (d_log_sum == 0) & (0 if entropy is None else d_entropy == 0)
-        log_probs = jnp.where(unused & ~jnp.isfinite(log_sum), -jnp.inf, centred - log_sum)
+        uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)
+        if entropy is not None:
+            uncounted &= d_entropy == 0
+        log_probs = jnp.where(uncounted, -jnp.inf, centred - log_sum)
         probs = jnp.exp(log_probs)
         d_centred += d_log_sum * probs
         if entropy is not None:

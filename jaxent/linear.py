@@ -1,44 +1,202 @@
 """The classifier head and the loss in one: linear_cross_entropy.
+
+```python
+loss = jaxent.linear_cross_entropy(hidden, kernel, tokens)                     # (D, C)
+loss = jaxent.linear_cross_entropy(hidden, embedding, tokens, class_axis=0)    # (C, D), tied
+```
+
+A language model's logits are often its largest array. Here they exist a chunk of classes at a
+time, in the forward pass and in the gradients, of first and second order.
 """
+
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from ._head import Head, Plan, head_sums, head_total, choose_chunk, prefers_total
-from ._arguments import *
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from ._arguments import (
+    ArrayOrList,
+    check_reduction,
+    read_bias,
+    read_chunk_size,
+    read_head_targets,
+    read_hidden_and_kernel,
+    read_softcap,
+    read_z_loss,
+)
+from ._chunks import Head, Plan, choose_chunk
 from ._reduction import reduce
-from ._targets import read_rows
-from .functional import loss_terms
-import dataclasses
-from ._arguments import check_reduction, read_softcap, read_z_loss
 from ._softmax import compute_dtype
+from ._streaming import head_sums
+from ._targets import Rows, read_rows
+from ._total import head_total
+from .functional import loss_terms
 
-def linear_cross_entropy(hidden, kernel, targets, *, bias=None, class_axis=-1, dtype=None, precision=None, chunk_size=None,
-    weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, sample_weight=None, class_mask=None, z_loss=0.0, softcap=None):
+PrecisionLike = Any  # as jax.lax.dot_general takes it
+
+ACCUMULATOR = 2**28  # bytes
+WIDTH = {16: 512, 32: 1024, 64: 1024}  # by bits
+
+
+def linear_cross_entropy(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    bias: ArrayOrList | None = None,
+    class_axis: int = -1,
+    dtype: DTypeLike | None = None,
+    precision: PrecisionLike = None,
+    chunk_size: int | None = None,
+    weight: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: ArrayLike = 0.0,
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
+    z_loss: ArrayLike = 0.0,
+    softcap: float | None = None,
+) -> Array:
+    r"""Cross-entropy of a linear classifier, without ever holding its logits.
+
+    .. math:: \mathrm{linear\_cross\_entropy}(h, K, y) = \mathrm{cross\_entropy}(h K + b, y)
+
+    for every keyword of `jaxent.cross_entropy` but the axes, in values and in gradients. The
+    product is accumulated in float32, and so are the gradients across chunks. A token that is
+    not counted reaches nothing, even if its hidden state is NaN.
+
+    Memory is that of the gradients and of two chunks of logits, (N, chunk_size). N being the
+    number of tokens, a chunk has 1024 classes, or as many as 8 MB of float32 logits hold.
+    Second order (`jvp` of `grad`, `grad` of `grad`) needs a copy of the kernel's gradient more.
+
+    The logits are computed twice, a fourth matmul for the sake of memory. Where the kernel is
+    so wide that it shows (D >= 1024, or 512 in half precision), the reduction a scalar, and
+    the kernel's gradient small enough (256 MB in float32), the gradients are made in the
+    forward pass instead, from 512 tokens at a time and in three matmuls: on two CPU cores, for
+    (N, D, C) of (2048, 2048, 16384), it takes 0.80 of the time of plain JAX and the other form
+    1.04; for (1024, 256, 131072) the other takes 0.88. `benchmarks/linear.py` prints such
+    ratios.
+
+    Args:
+      hidden: hidden states, float, (..., D); any leading shape, none too.
+      kernel: float, (D, C), as in `flax.nnx.Linear`; (C, D) with `class_axis=0`, as in an
+        embedding.
+      targets: class indices, integers, (...); or class probabilities, float, (..., C).
+      bias: float, (C,).
+      class_axis: the kernel's axis of classes.
+      dtype: of the matmuls' operands; by default that of `hidden` and `kernel`, promoted.
+        Gradients come back in the dtypes of the arguments.
+      precision: as in `jax.lax.dot_general`.
+      chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
+      weight, ignore_index, reduction, label_smoothing, sample_weight, class_mask, z_loss,
+        softcap: as in `jaxent.cross_entropy`, with logits (..., C).
+
+    Returns:
+      float32, float64 for a float64 `dtype`: a scalar, or for "none" the shape (...).
+
+    Raises:
+      TypeError: a dtype is none of the above.
+      ValueError: shapes do not fit, or a number is out of range.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> hidden = jax.random.normal(jax.random.key(0), (4, 8))
+      >>> kernel = jax.random.normal(jax.random.key(1), (8, 1000))
+      >>> tokens = jnp.array([3, 14, 159, -100])
+      >>> loss = jaxent.linear_cross_entropy(hidden, kernel, tokens)
+      >>> bool(jnp.isclose(loss, jaxent.cross_entropy(hidden @ kernel, tokens)))
+      True
+
+    References:
+      Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al.,
+      "Liger Kernel", 2024 (gradients in the forward pass).
+    """
     check_reduction(reduction)
-    hidden, kernel = jnp.asarray(hidden), jnp.asarray(kernel)
-    class_axis %= 2
-    dt = jnp.dtype(dtype) if dtype is not None else jnp.result_type(hidden, kernel)
-    C = kernel.shape[class_axis]
-    lead = hidden.shape[:-1]
-    logits = jax.ShapeDtypeStruct(lead + (C,), dt)
-    rows = read_rows(logits, targets, name="hidden @ kernel", weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, axis=-1, sample_weight=sample_weight, class_mask=class_mask)
-    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim else x, dataclasses.replace(rows, axis=1))
-    h = hidden.reshape(-1, hidden.shape[-1])
-    h = jnp.where((rows.sample_weight == 0) & ~jnp.all(jnp.isfinite(h), -1, keepdims=True), 0, h)
-    plan = Plan(class_axis, chunk_size or choose_chunk(h.shape[0], C), dt, precision, read_softcap(softcap))
-    wide = compute_dtype(plan)
-    head = Head(h, kernel, None if bias is None else jnp.asarray(bias)[None], rows.mass)
-    z = read_z_loss(z_loss, wide)
-    scalars = dataclasses.replace(rows, exists=None, index=None, mass=None)
-    if reduction != "none" and prefers_total(plan, head):
-        ds = [1.0, 1.0]
+    plan, head, rows, shape = read_head(
+        hidden,
+        kernel,
+        targets,
+        bias=bias,
+        class_axis=class_axis,
+        dtype=dtype,
+        precision=precision,
+        chunk_size=chunk_size,
+        softcap=softcap,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+    )
+    z_loss = read_z_loss(z_loss, compute_dtype(plan))
+    if reduction != "none" and _made_forward(plan, head):
+        divisors = []
         if reduction == "mean":
-            ds = [jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)]
-            ds = [jnp.where(d == 0, 1, d) for d in ds]
-        return head_total(plan, _terms, head, (scalars, z, jnp.asarray(ds[0],wide), jnp.asarray(ds[1],wide)), rows.exists, rows.index)
+            totals = jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)
+            divisors = [jnp.where(total == 0, 1, total) for total in totals]
+        floats = dataclasses.replace(rows, exists=None, index=None, mass=None), z_loss, divisors
+        return head_total(plan, _divided_terms, head, floats, rows.exists, rows.index)
     shift, sums, _ = head_sums(plan, head, rows.exists, rows.index)
-    out = reduce(loss_terms(rows, z, shift, sums), 1, reduction, None)
-    return out.reshape(lead) if reduction == "none" else out
+    loss = reduce(loss_terms(rows, z_loss, shift, sums), rows.axis, reduction, None)
+    return loss.reshape(shape) if reduction == "none" else loss
 
-def _terms(scalars, shift, sums):
-    rows, z, *ds = scalars
-    return sum(n / d for (n, _), d in zip(loss_terms(rows, z, shift, sums), ds))
+
+def _made_forward(plan: Plan, head: Head) -> bool:
+    bits = jnp.finfo(plan.dtype).bits
+    return 4 * head.kernel.size <= ACCUMULATOR and head.hidden.shape[1] >= WIDTH[bits]
+
+
+def _divided_terms(floats, shift, sums):
+    rows, z_loss, divisors = floats
+    numerators = [numerator for numerator, _ in loss_terms(rows, z_loss, shift, sums)]
+    return sum(n / d for n, d in zip(numerators, divisors)) if divisors else sum(numerators)
+
+
+def read_head(
+    hidden,
+    kernel,
+    targets,
+    *,
+    bias,
+    class_axis,
+    dtype,
+    precision,
+    chunk_size,
+    softcap,
+    stats=False,
+    **keywords,
+) -> tuple[Plan, Head, Rows, tuple[int, ...]]:
+    """Check the arguments of a head, its tokens in a row, and their shape before."""
+    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype)
+    num_classes = kernel.shape[class_axis]
+    shape = hidden.shape[:-1]
+    logits = jax.ShapeDtypeStruct((*shape, num_classes), dtype)
+    rows = read_rows(
+        logits,
+        read_head_targets(targets, hidden, num_classes),
+        name="logits",
+        axis=-1,
+        **keywords,
+    )
+    # Each leaf is a scalar, or has the logits' dimensions.
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim else x, rows)
+    rows = dataclasses.replace(rows, axis=1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
+    hidden = jnp.where((rows.sample_weight == 0) & ~finite, 0, hidden)
+    chunk_size = read_chunk_size(chunk_size) or choose_chunk(hidden.shape[0], num_classes)
+    plan = Plan(
+        class_axis=class_axis,
+        chunk=min(chunk_size, num_classes),
+        dtype=dtype,
+        precision=precision,
+        softcap=read_softcap(softcap),
+        stats=stats,
+    )
+    head = Head(hidden, kernel, read_bias(bias, num_classes, compute_dtype(plan)), rows.mass)
+    return plan, head, rows, shape

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
@@ -29,7 +29,10 @@ from ._arguments import (
     check_axis_name,
     check_class_mask,
     check_reduction,
+    read_chunk_size,
+    read_dtype,
     read_ignore_index,
+    read_kernel_axis,
     read_label_smoothing,
     read_softcap,
     read_weight,
@@ -37,6 +40,7 @@ from ._arguments import (
 )
 from ._reduction import AxisName
 from .functional import cross_entropy, nll
+from .linear import linear_cross_entropy
 
 
 class _Loss(nnx.Pytree):
@@ -48,17 +52,29 @@ class _Loss(nnx.Pytree):
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
-    def _set_shared(self, weight, ignore_index, reduction, axis, axis_name) -> None:
+    def _set_shared(self, weight, ignore_index, reduction) -> None:
         check_reduction(reduction)
-        check_axis_name(axis_name)
-        if axis is not None:
-            check_axis(axis)
         read_weight(weight, None)
         self.weight = _array(weight)
         self.ignore_index = read_ignore_index(ignore_index)
         self.reduction = reduction
+
+    def _set_axes(self, axis, axis_name) -> None:
+        check_axis_name(axis_name)
+        if axis is not None:
+            check_axis(axis)
         self.axis = axis
         self.axis_name = _hashable(axis_name)
+
+    def _set_softmax(self, label_smoothing, class_mask, z_loss, softcap) -> None:
+        read_label_smoothing(label_smoothing)
+        read_z_loss(z_loss)
+        if class_mask is not None:
+            check_class_mask(class_mask)
+        self.label_smoothing = _number_or_array(label_smoothing)
+        self.class_mask = _array(class_mask)
+        self.z_loss = _number_or_array(z_loss)
+        self.softcap = read_softcap(softcap)
 
     def _keywords(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
@@ -100,7 +116,8 @@ class NLLLoss(_Loss):
         axis: int | None = None,
         axis_name: AxisName = None,
     ):
-        self._set_shared(weight, ignore_index, reduction, axis, axis_name)
+        self._set_shared(weight, ignore_index, reduction)
+        self._set_axes(axis, axis_name)
 
     def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
@@ -142,20 +159,65 @@ class CrossEntropyLoss(_Loss):
         softcap: float | None = None,
         axis_name: AxisName = None,
     ):
-        self._set_shared(weight, ignore_index, reduction, axis, axis_name)
-        read_label_smoothing(label_smoothing)
-        read_z_loss(z_loss)
-        if class_mask is not None:
-            check_class_mask(class_mask)
-        self.label_smoothing = _number_or_array(label_smoothing)
-        self.class_mask = _array(class_mask)
-        self.z_loss = _number_or_array(z_loss)
-        self.softcap = read_softcap(softcap)
+        self._set_shared(weight, ignore_index, reduction)
+        self._set_axes(axis, axis_name)
+        self._set_softmax(label_smoothing, class_mask, z_loss, softcap)
 
     def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
         `reduction="none"`) goes before the object's."""
         return cross_entropy(logits, targets, **(self._keywords() | keywords))
+
+
+class LinearCrossEntropyLoss(_Loss):
+    """`jaxent.linear_cross_entropy` as an object: it is given the kernel, and owns none.
+
+    Args:
+      class_axis, dtype, precision, chunk_size, weight, ignore_index, reduction,
+        label_smoothing, class_mask, z_loss, softcap: as in `jaxent.linear_cross_entropy`.
+
+    Raises:
+      TypeError, ValueError: an argument is none of what `jaxent.linear_cross_entropy` takes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> loss = jaxent.LinearCrossEntropyLoss(class_axis=0, dtype=jnp.bfloat16)
+      >>> loss
+      LinearCrossEntropyLoss(class_axis=0, dtype=bfloat16)
+      >>> embedding = jnp.zeros((100, 8))
+      >>> loss(jnp.ones((2, 8)), embedding, jnp.array([1, 2])).round(3)
+      Array(4.605, dtype=float32)
+    """
+
+    def __init__(
+        self,
+        *,
+        class_axis: int = -1,
+        dtype: DTypeLike | None = None,
+        precision: Any = None,
+        chunk_size: int | None = None,
+        weight: ArrayOrList | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: ArrayLike = 0.0,
+        class_mask: ArrayOrList | None = None,
+        z_loss: ArrayLike = 0.0,
+        softcap: float | None = None,
+    ):
+        self.class_axis = read_kernel_axis(class_axis)
+        self.dtype = read_dtype(dtype)
+        self.precision = precision
+        self.chunk_size = read_chunk_size(chunk_size)
+        self._set_shared(weight, ignore_index, reduction)
+        self._set_softmax(label_smoothing, class_mask, z_loss, softcap)
+
+    def __call__(
+        self, hidden: ArrayOrList, kernel: ArrayOrList, targets: ArrayOrList, **keywords: Any
+    ) -> Array:
+        """The loss; any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
+        `sample_weight`) goes before the object's."""
+        return linear_cross_entropy(hidden, kernel, targets, **(self._keywords() | keywords))
 
 
 def _array(value):
@@ -184,4 +246,4 @@ def _differs(value, default):
 def _describe(value):
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value.dtype}{list(value.shape)}"
-    return repr(value)
+    return str(value) if isinstance(value, np.dtype) else repr(value)

@@ -17,8 +17,11 @@ from jax import Array
 from ._arguments import (
     check_reduction,
     read_axis,
+    read_bias,
     read_class_axis,
     read_class_mask,
+    read_head_targets,
+    read_hidden_and_kernel,
     read_ignore_index,
     read_index_targets,
     read_label_smoothing,
@@ -32,6 +35,7 @@ from ._arguments import (
 from ._reduction import total
 from ._softmax import along, compute_dtype, times, unless_zero
 from ._targets import read_indices
+from .stats import TokenStats
 
 
 def log_softmax(logits, axis=-1, *, class_mask=None) -> Array:
@@ -110,6 +114,96 @@ def cross_entropy(
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, axis_name)
 
 
+def linear_cross_entropy(
+    hidden,
+    kernel,
+    targets,
+    *,
+    bias=None,
+    class_axis=-1,
+    dtype=None,
+    precision=None,
+    chunk_size=None,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    sample_weight=None,
+    class_mask=None,
+    z_loss=0.0,
+    softcap=None,
+) -> Array:
+    """cross_entropy(hidden @ kernel + bias), chunks being none of a formula's business."""
+    logits = _logits(
+        hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, sample_weight
+    )
+    return cross_entropy(
+        logits,
+        targets,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        axis=-1,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+
+
+def token_stats(
+    logits, targets, *, ignore_index=-100, axis=None, class_mask=None, softcap=None
+) -> TokenStats:
+    """log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
+    x, exists, t, s, _, _, poison = _read(
+        "logits", logits, targets, None, ignore_index, axis, None, class_mask
+    )
+    softcap = read_softcap(softcap)
+    x = jnp.where(exists & (s != 0)[..., None], x, 0)
+    if softcap is not None:
+        x = softcap * jnp.tanh(x / softcap)
+    x = jnp.where(exists | (s == 0)[..., None], x, -jnp.inf)
+    log_p, lse = _log_probs(x, -1)
+    prediction = jnp.argmax(x, -1).astype(jnp.int32)
+    return TokenStats(
+        log_prob=s * poison * jnp.sum(times(t, log_p), -1),
+        log_normalizer=s * lse,
+        entropy=-s * jnp.sum(times(jnp.exp(log_p), log_p), -1),
+        prediction=prediction,
+        correct=(s != 0)
+        & (jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == prediction[..., None], t, 0), -1) > 0),
+    )
+
+
+def linear_token_stats(
+    hidden,
+    kernel,
+    targets,
+    *,
+    bias=None,
+    class_axis=-1,
+    dtype=None,
+    precision=None,
+    chunk_size=None,
+    ignore_index=-100,
+    class_mask=None,
+    softcap=None,
+) -> TokenStats:
+    """token_stats(hidden @ kernel + bias)."""
+    logits = _logits(
+        hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, None
+    )
+    return token_stats(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        axis=-1,
+        class_mask=class_mask,
+        softcap=softcap,
+    )
+
+
 def total_weight(
     targets, *, weight=None, ignore_index=-100, sample_weight=None, axis_name=None
 ) -> Array:
@@ -123,6 +217,28 @@ def total_weight(
     if w is not None:
         s = times(s, jnp.where(index < 0, 1, w[index]))
     return total(jnp.where(ignored, 0, s), axis_name)
+
+
+def _logits(
+    hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, sample_weight
+):
+    """hidden @ kernel + bias, in float32 or float64; a token that is not counted is 0."""
+    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype)
+    targets = read_head_targets(targets, hidden, kernel.shape[class_axis])
+    wide = compute_dtype(jnp.empty(0, dtype))
+    bias = read_bias(bias, kernel.shape[class_axis], wide)
+    counted = read_sample_weight(sample_weight, hidden.shape[:-1], wide) != 0
+    if targets.shape == hidden.shape[:-1]:
+        counted &= ~read_indices(targets, None, read_ignore_index(ignore_index))[1]
+    hidden = jnp.where(counted[..., None], hidden, 0)
+    kernel = kernel if class_axis == 1 else kernel.T
+    logits = jnp.matmul(
+        hidden.astype(dtype),
+        kernel.astype(dtype),
+        precision=precision,
+        preferred_element_type=wide,
+    )
+    return logits if bias is None else logits + bias[0]
 
 
 def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, class_mask=None):

@@ -1,0 +1,238 @@
+"""Chunks of a classifier head's classes: their logits, and their share of the gradients."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import Partial
+
+from ._softmax import compute_dtype, row_gradients
+
+TILE = 2**23  # bytes of a chunk's logits
+CHUNK = 1024  # classes, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static: how a head is read and computed."""
+
+    class_axis: int  # of the kernel: 1 for (D, C), 0 for (C, D)
+    chunk: int  # classes
+    dtype: Any  # of the matmuls' operands
+    precision: Any = None
+    softcap: float | None = None
+    stats: bool = False  # whether to return entropy and the most probable class
+    cpu: bool = False
+
+
+class Head(NamedTuple):
+    """What is differentiated; or its gradients."""
+
+    hidden: Array  # (N, D)
+    kernel: Array  # (D, C) or (C, D)
+    bias: Array | None  # (1, C)
+    mass: Partial | None  # exists -> (N, C), its arrays scalars, (N, 1), (1, C) or (N, C)
+
+
+class Chunk(NamedTuple):
+    head: Head
+    exists: Array | None  # among the classes of this chunk
+    fresh: Array | None  # those which no earlier chunk had; None if all
+    index: Array | None  # relative to the chunk; outside [0, chunk) for other classes
+    start: Array
+
+    @property
+    def shown(self):
+        if self.exists is None or self.fresh is None:
+            return self.fresh if self.exists is None else self.exists
+        return self.exists & self.fresh
+
+    def mass(self, head):
+        q = head.mass(self.exists)
+        return q if self.fresh is None else jnp.where(self.fresh, q, 0)
+
+
+def on_platform(function, plan, *arguments):
+    """On CPU, half precision is computed in float32, which XLA would turn it into anyway."""
+    if jnp.finfo(plan.dtype).bits > 16:
+        return function(plan, *arguments)
+    return jax.lax.platform_dependent(
+        *arguments,
+        cpu=functools.partial(function, dataclasses.replace(plan, cpu=True)),
+        default=functools.partial(function, plan),
+    )
+
+
+def chunk_numbers(plan: Plan, head: Head) -> Array:
+    return jnp.arange(-(-head.kernel.shape[plan.class_axis] // plan.chunk))
+
+
+def read_chunk(plan, head, exists, index, i):
+    """The i-th chunk. The last one ends with the classes, so it may begin with some seen before."""
+    num_classes = head.kernel.shape[plan.class_axis]
+    start = jnp.minimum(i * plan.chunk, num_classes - plan.chunk)
+    bias, mass, exists = jax.tree.map(
+        lambda table: (
+            take_slice(table, start, plan.chunk, -1) if _has_classes(table, num_classes) else table
+        ),
+        (head.bias, head.mass, exists),
+    )
+    kernel = _read_kernel(plan, head.kernel, start)
+    if exists is not None:  # 0 * NaN is NaN: what an excluded class holds reaches no gradient
+        alive = jnp.expand_dims(jnp.any(exists, 0), 1 - plan.class_axis)
+        kernel = jnp.where(alive, kernel, 0)
+    fresh = None
+    if num_classes % plan.chunk:
+        fresh = start + jnp.arange(plan.chunk)[None] >= i * plan.chunk
+    if index is not None:
+        index = jnp.where(index >= i * plan.chunk, index - start, -1)
+    return Chunk(Head(head.hidden, kernel, bias, mass), exists, fresh, index, start)
+
+
+def _has_classes(table, num_classes):
+    return table.ndim == 2 and table.shape[-1] == num_classes
+
+
+def take_slice(array, start, size, axis):
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _read_kernel(plan, kernel, start):
+    if not plan.cpu or jnp.finfo(kernel.dtype).bits > 16:
+        return take_slice(kernel, start, plan.chunk, plan.class_axis)
+    # XLA computes a slice of half precision as one of float32, hoists the cast out of the loop
+    # and holds a float32 copy of the kernel (jax 0.10.2). Its bits it slices as they are.
+    kernel, start = jax.lax.optimization_barrier((kernel, start))
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
+    bits = take_slice(bits, start, plan.chunk, plan.class_axis)
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(bits, kernel.dtype))
+
+
+def chunk_logits(plan, head):
+    wide = compute_dtype(plan)
+    operands = [x.astype(plan.dtype) for x in (head.hidden, head.kernel)]
+    if plan.cpu:
+        operands = [x.astype(wide) for x in operands]
+    logits = _matmul(plan, *operands, 1, 1 - plan.class_axis)
+    return logits if head.bias is None else logits + head.bias.astype(wide)
+
+
+def _matmul(plan, a, b, a_axis, b_axis):
+    return jax.lax.dot_general(
+        a,
+        b,
+        (([a_axis], [b_axis]), ([], [])),
+        precision=plan.precision,
+        preferred_element_type=compute_dtype(plan),
+    )
+
+
+def _matmul_gradients(plan, head, d_logits):
+    """Gradients of hidden and kernel; d_logits is rounded to bfloat16, but not to float16,
+    which has no room for a small one."""
+    narrow = plan.dtype == jnp.bfloat16 and not plan.cpu
+    dtype = plan.dtype if narrow else compute_dtype(plan)
+    hidden, kernel = (x.astype(plan.dtype).astype(dtype) for x in (head.hidden, head.kernel))
+    d_logits = d_logits.astype(dtype)
+    d_hidden = _matmul(plan, d_logits, kernel, 1, plan.class_axis)
+    if plan.class_axis == 1:
+        return d_hidden, _matmul(plan, hidden, d_logits, 0, 0)
+    return d_hidden, _matmul(plan, d_logits, hidden, 0, 0)
+
+
+def zero_gradients(plan, head):
+    wide = functools.partial(jnp.zeros_like, dtype=compute_dtype(plan))
+    return Head(
+        hidden=wide(head.hidden),
+        kernel=_store(plan, jnp.zeros_like(head.kernel)),
+        bias=None if head.bias is None else wide(head.bias),
+        mass=jax.tree.map(jnp.zeros_like, head.mass),
+    )
+
+
+# Bits again: on CPU, XLA updates a slice of half precision by writing all of the array.
+
+
+def _store(plan, kernel):
+    bits = plan.cpu and jnp.finfo(kernel.dtype).bits == 16
+    return jax.lax.bitcast_convert_type(kernel, jnp.uint16) if bits else kernel
+
+
+def load_kernel(kernel, dtype):
+    bits = kernel.dtype == jnp.uint16
+    return jax.lax.bitcast_convert_type(kernel, dtype) if bits else kernel
+
+
+def accumulate(plan, head, total, part, start, add=None):
+    """Add a chunk's gradients to the whole's, of which it has a slice, or all.
+
+    The kernel's is written once, in its dtype, unless `add` is there to add it.
+    """
+    num_classes = head.kernel.shape[plan.class_axis]
+    kernel = part.kernel
+    if add is not None:
+        kernel = add(total.kernel, kernel, start, plan.class_axis)
+    else:
+        if num_classes % plan.chunk:  # classes seen before get 0
+            old = take_slice(total.kernel, start, plan.chunk, plan.class_axis)
+            kernel += load_kernel(old, head.kernel.dtype).astype(kernel.dtype)
+        kernel = _store(plan, kernel.astype(head.kernel.dtype))
+        kernel = jax.lax.dynamic_update_slice_in_dim(total.kernel, kernel, start, plan.class_axis)
+
+    def add_table(total, part):
+        if not _has_classes(total, num_classes):
+            return total + part
+        return (add or add_slice)(total, part, start, 1)
+
+    bias, mass = jax.tree.map(add_table, total[2:], part[2:])
+    return Head(total.hidden + part.hidden, kernel, bias, mass)
+
+
+def add_slice(total, part, start, axis):
+    part += take_slice(total, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
+
+
+def scatter_slice(total, part, start, axis):
+    """The same, but its transpose does not write to `total`'s cotangent, and copies none."""
+    dimensions = jax.lax.ScatterDimensionNumbers((0, 1), (), (axis,))
+    return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
+
+
+def chunk_gradients(plan, floats, exists, index, i, logits=None):
+    """Where a chunk starts and what it adds to the gradients."""
+    head, shift, log_sum, entropy, cotangents = floats
+    chunk = read_chunk(plan, head, exists, index, i)
+    if logits is None:
+        logits = chunk_logits(plan, chunk.head)
+    q, pull = None, None
+    if head.mass is not None:
+        q, pull = jax.vjp(lambda mass: chunk.mass(chunk.head._replace(mass=mass)), chunk.head.mass)
+    d_logits, d_q = row_gradients(
+        -1,
+        plan.softcap,
+        logits,
+        shift,
+        chunk.shown,
+        chunk.index,
+        q,
+        log_sum,
+        entropy,
+        cotangents,
+    )
+    d_hidden, d_kernel = _matmul_gradients(plan, chunk.head, d_logits)
+    d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
+    return chunk.start, Head(d_hidden, d_kernel, d_bias, None if pull is None else pull(d_q)[0])
+
+
+def choose_chunk(num_tokens: int, num_classes: int) -> int:
+    return balance(num_classes, max(CHUNK, TILE // 4 // max(num_tokens, 1)), 128)
+
+
+def balance(length: int, size: int, multiple: int = 1) -> int:
+    """The size of parts about alike, at most `size` but for the multiple, that cover a length."""
+    parts = -(-length // min(size, max(length, 1)))
+    return min(-(-length // max(parts, 1) // multiple) * multiple, length)

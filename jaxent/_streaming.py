@@ -1,0 +1,228 @@
+"""The primitive of a classifier head: the row sums of `hidden @ kernel + bias`, streamed.
+
+The classes come in chunks. A pass over them computes a chunk's logits, (N, chunk), adds up
+what `_softmax` says of them relative to a running maximum, and forgets them; a second pass
+computes them again for the gradients. Nothing of the size tokens x classes is ever held, in
+second order neither: there, too, only tangents are carried from chunk to chunk.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ._chunks import (
+    Head,
+    Plan,
+    accumulate,
+    chunk_gradients,
+    chunk_logits,
+    chunk_numbers,
+    load_kernel,
+    on_platform,
+    read_chunk,
+    scatter_slice,
+    zero_gradients,
+)
+from ._softmax import RowSums, cap, compute_dtype, pick, product, times, unless_lost, vary_alike
+
+
+def head_sums(
+    plan: Plan, head: Head, exists: Array | None, index: Array | None
+) -> tuple[Array, RowSums, Array]:
+    """Shift, sums and most probable class of each token, (N, 1); of `_softmax.row_sums`.
+
+    Args:
+      plan: the static part; with `stats` there is an entropy and a most probable class.
+      head: hidden states, kernel, bias and target mass.
+      exists: bool, (1, C) or (N, C); None where all classes exist.
+      index: int32, (N, 1), < 0 for none; None leaves the picked logit out.
+    """
+    head, exists, index = vary_alike(head, exists, index)
+    shift, sums, best = _unpack(plan, head, index, _packed_sums(plan, head, exists, index))
+    return jax.lax.stop_gradient(shift), sums, best
+
+
+# One array, for `vmap`'s sake: see `_softmax`. A float32 holds the number of a class exactly.
+def _pack(shift, sums, best):
+    best = None if best is None else best.astype(shift.dtype)
+    return jnp.concatenate(jax.tree.leaves((shift, sums, best)), -1)
+
+
+def _unpack(plan, head, index, packed):
+    asked = (
+        RowSums(0, 0 if plan.stats else None, None if index is None else 0)
+        if head.mass is None
+        else RowSums(0, 0 if plan.stats else None, None if index is None else 0, 0, 0)
+    )
+    structure = jax.tree.structure((0, asked, 0 if plan.stats else None))
+    return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[-1], -1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed_sums(plan, head, exists, index):
+    return _pack(*first_sums(plan, head, exists, index))
+
+
+def _packed_sums_fwd(plan, head, exists, index):
+    shift, sums, best = first_sums(plan, head, exists, index)
+    return _pack(shift, sums, best), (head, exists, index, shift, sums.log_sum, sums.entropy)
+
+
+def _packed_sums_bwd(plan, residuals, cotangent):
+    head, exists, index, *normalizer = residuals
+    _, cotangents, _ = _unpack(plan, head, index, cotangent)
+    gradients = _gradients(plan, (head, *normalizer, cotangents), exists, index)
+    return _cast(gradients, head), None, None
+
+
+_packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd)
+
+
+def _cast(gradients, head):
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, head)
+
+
+# The two passes. Each is a custom_jvp, whose tangents are a scan of their own: it carries
+# nothing but tangents and computes a chunk's logits again, so its transpose is small too.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def first_sums(plan, head, exists, index):
+    return on_platform(sums_pass, plan, head, exists, index)
+
+
+def sums_pass(plan, head, exists, index, keep=False):
+    dtype = compute_dtype(plan)
+    zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
+
+    def step(carry, i):
+        shift, total, moment, picked, mass_sum, target_sum, best = carry
+        chunk = read_chunk(plan, head, exists, index, i)
+        logits = chunk_logits(plan, chunk.head)
+        z = cap(plan.softcap, logits)
+        if chunk.shown is not None:
+            z = jnp.where(chunk.shown, z, -jnp.inf)
+        top = jnp.max(z, -1, keepdims=True)
+        if plan.stats:
+            first = jnp.argmax(z, -1, keepdims=True).astype(jnp.int32)
+            best = jnp.where(top > shift, chunk.start + first, best)
+        change = shift - jnp.maximum(shift, top)
+        shift = jnp.maximum(shift, top)
+        centred = z - shift
+        if plan.stats:
+            moment = jnp.exp(change) * (moment + times(total, change))
+            moment += jnp.sum(product(jnp.exp(centred), centred), -1, keepdims=True)
+        total = jnp.exp(change) * total + jnp.sum(jnp.exp(centred), -1, keepdims=True)
+        if index is not None:
+            here = (chunk.index >= 0) & (chunk.index < plan.chunk)
+            picked = jnp.where(here, pick(z, chunk.index, -1), picked)
+        if head.mass is not None:
+            q = unless_lost(chunk.mass(chunk.head), centred)
+            target_sum += times(mass_sum, change) + jnp.sum(product(q, centred), -1, keepdims=True)
+            mass_sum += jnp.sum(q, -1, keepdims=True)
+        carry = shift, total, moment, picked, mass_sum, target_sum, best
+        return carry, logits if keep else None
+
+    # Below all logits, and finite: -inf - -inf is NaN.
+    lowest = zeros + jnp.finfo(dtype).min
+    init = (lowest, *(zeros,) * 5, jnp.zeros(zeros.shape, jnp.int32))
+    carry, kept = jax.lax.scan(step, init, chunk_numbers(plan, head))
+    shift, total, moment, picked, mass_sum, target_sum, best = carry
+    log_sum = jnp.log(total)
+    sums = RowSums(
+        log_sum=log_sum,
+        entropy=log_sum - moment / total if plan.stats else None,
+        picked=None if index is None else picked - shift,
+        mass_sum=None if head.mass is None else mass_sum,
+        target_sum=None if head.mass is None else target_sum,
+    )
+    out = shift, sums, best if plan.stats else None
+    return (out, kept) if keep else out
+
+
+@first_sums.defjvp
+def _sums_jvp(plan, primals, tangents):
+    head, exists, index = primals
+    shift, sums, best = first_sums(plan, *primals)
+    plan = _finer(plan)
+    finite = jnp.isfinite(sums.log_sum)
+
+    def local(head, i):
+        """Sums over a chunk, with the derivatives of its share in those over all."""
+        chunk = read_chunk(plan, head, exists, index, i)
+        centred = cap(plan.softcap, chunk_logits(plan, chunk.head)) - shift
+        if chunk.shown is not None:
+            centred = jnp.where(chunk.shown, centred, -jnp.inf)
+        log_probs = jnp.where(finite, centred - sums.log_sum, -jnp.inf)
+        parts = {"log_sum": jnp.exp(log_probs)}
+        if plan.stats:
+            parts["entropy"] = -product(jnp.exp(log_probs), log_probs)
+        if index is not None:
+            here = (chunk.index >= 0) & (chunk.index < plan.chunk)
+            parts["picked"] = jnp.where(here, pick(centred, chunk.index, -1), 0)
+        if head.mass is not None:
+            parts["mass_sum"] = q = unless_lost(chunk.mass(chunk.head), centred)
+            parts["target_sum"] = product(q, centred)
+        return RowSums(**{k: jnp.sum(v, -1, keepdims=True) for k, v in parts.items()})
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(d_sums, i):
+        part = jax.jvp(lambda head: local(head, i), (head,), tangents[:1])[1]
+        return jax.tree.map(jnp.add, d_sums, part), None
+
+    steps = chunk_numbers(plan, head)
+    d_sums, _ = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, sums), steps)
+    if plan.stats:
+        slope = jnp.where(jnp.isfinite(sums.entropy), 1 - sums.entropy, 0)
+        d_sums = d_sums._replace(entropy=d_sums.entropy - slope * d_sums.log_sum)
+    d_best = None if best is None else np.zeros(best.shape, jax.dtypes.float0)
+    return (shift, sums, best), (jnp.zeros_like(shift), d_sums, d_best)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(plan, floats, exists, index):
+    """The gradients of a head, hidden's in float32; floats: head, shift, log-sum, entropy and
+    the cotangents of the sums."""
+    return on_platform(_gradients_pass, plan, floats, exists, index)
+
+
+def _gradients_pass(plan, floats, exists, index):
+    head = floats[0]
+
+    def step(total, i):
+        start, part = chunk_gradients(plan, floats, exists, index, i)
+        return accumulate(plan, head, total, part, start), None
+
+    zeros = zero_gradients(plan, head)
+    gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
+    return gradients._replace(kernel=load_kernel(gradients.kernel, head.kernel.dtype))
+
+
+@_gradients.defjvp
+def _gradients_jvp(plan, primals, tangents):
+    floats, exists, index = primals
+    head = floats[0]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(total, i):
+        def part(floats):
+            start, gradients = chunk_gradients(plan, floats, exists, index, i)
+            return gradients, start
+
+        _, d_part, start = jax.jvp(part, (floats,), tangents[:1], has_aux=True)
+        return accumulate(plan, head, total, d_part, start, scatter_slice), None
+
+    gradients = _gradients(plan, *primals)
+    plan = _finer(plan)
+    zeros = zero_gradients(plan, head)
+    d_gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
+    return gradients, d_gradients
+
+
+def _finer(plan):
+    """Tangents need several arrays of a chunk's size where the first order needs one."""
+    return dataclasses.replace(plan, chunk=-(-plan.chunk // 4))

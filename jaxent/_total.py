@@ -1,0 +1,151 @@
+"""A head's scalar: its gradients made in the forward pass, where that is the faster form.
+
+It goes over blocks of tokens and holds a block's logits between its two passes, so that they
+are computed once: three matmuls instead of four. The price is a float32 kernel gradient to
+add to.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ._chunks import (
+    Head,
+    Plan,
+    accumulate,
+    add_slice,
+    balance,
+    chunk_gradients,
+    chunk_numbers,
+    on_platform,
+    take_slice,
+    zero_gradients,
+)
+from ._softmax import RowSums, compute_dtype, vary_alike
+from ._streaming import first_sums, head_sums, sums_pass
+
+BLOCK = 512  # tokens
+
+
+def head_total(
+    plan: Plan,
+    terms: Callable[[Any, Array, RowSums], Array],
+    head: Head,
+    rows: Any,
+    exists: Array | None,
+    index: Array | None,
+) -> Array:
+    """The sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
+
+    Args:
+      plan, head, exists, index: as in `head_sums`.
+      terms: a function of shift and sums that returns a term for each token, (N, 1). It is
+        static.
+      rows: float arrays for it, (N, 1) or scalars.
+    """
+    head, rows, exists, index = vary_alike(head, rows, exists, index)
+    return _total(plan, terms, head, rows, exists, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total(plan, terms, head, rows, exists, index):
+    shift, sums, _ = first_sums(plan, head, exists, index)
+    return jnp.sum(terms(rows, shift, sums))
+
+
+def _total_fwd(plan, terms, head, rows, exists, index):
+    total, gradients = _total_and_gradients(plan, terms, (head, rows), exists, index)
+    like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))
+    return total, (gradients, like)
+
+
+def _total_bwd(plan, terms, residuals, cotangent):
+    gradients, like = residuals
+    gradients = jax.tree.map(lambda g, x: (cotangent * g).astype(x.dtype), gradients, like)
+    return *gradients, None, None
+
+
+_total.defvjp(_total_fwd, _total_bwd)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _total_and_gradients(plan, terms, floats, exists, index):
+    blocks = functools.partial(_blocks_pass, terms=terms)
+    return on_platform(blocks, plan, floats, exists, index)
+
+
+@_total_and_gradients.defjvp
+def _total_and_gradients_jvp(plan, terms, primals, tangents):
+    floats, exists, index = primals
+
+    def total(floats):
+        head, rows = floats
+        shift, sums, _ = head_sums(plan, head, exists, index)
+        return jnp.sum(terms(rows, shift, sums))
+
+    def wide(floats):
+        total_, gradients = jax.value_and_grad(total)(floats)
+        return total_, _widen(plan, gradients)
+
+    out = _total_and_gradients(plan, terms, *primals)
+    return out, jax.jvp(wide, (floats,), tangents[:1])[1]
+
+
+def _widen(plan, gradients):
+    """In float32, whatever a half-precision loss scale may multiply them with."""
+    return jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
+
+
+def _blocks_pass(plan, floats, exists, index, terms):
+    num_tokens = floats[0].hidden.shape[0]
+    size = balance(num_tokens, BLOCK)
+    blocks = -(-num_tokens // size)
+
+    def of_token(x):
+        return x.ndim == 2 and x.shape[0] == num_tokens
+
+    def step(carry, i):
+        start = jnp.minimum(i * size, num_tokens - size)
+        (head, rows), exists_here, index_here = jax.tree.map(
+            lambda x: take_slice(x, start, size, 0) if of_token(x) else x,
+            ((floats[0]._replace(kernel=None), floats[1]), exists, index),
+        )
+        head = head._replace(kernel=floats[0].kernel)
+        (shift, sums, _), kept = sums_pass(plan, head, exists_here, index_here, keep=True)
+
+        def block_total(rows, sums):
+            fresh = start + jnp.arange(size)[:, None] >= i * size
+            return jnp.sum(jnp.where(fresh, terms(rows, shift, sums), 0))
+
+        value, pull = jax.vjp(block_total, rows, sums)
+        d_rows, cotangents = pull(jnp.ones_like(value))
+
+        def chunk_step(gradients, x):
+            j, logits = x
+            around = (head, shift, sums.log_sum, sums.entropy, cotangents)
+            c, part = chunk_gradients(plan, around, exists_here, index_here, j, logits)
+            return accumulate(plan, head, gradients, part, c, add_slice), None
+
+        total, (d_head, all_d_rows) = carry
+        zeros = _widen(plan, zero_gradients(plan, head))._replace(kernel=d_head.kernel)
+        chunks = chunk_numbers(plan, head), kept
+        part, _ = jax.lax.scan(chunk_step, zeros, chunks)
+
+        def add(total, part):
+            return add_slice(total, part, start, 0) if of_token(total) else total + part
+
+        kernel = part.kernel
+        d_head, d_rows = jax.tree.map(
+            add,
+            (d_head._replace(kernel=None), all_d_rows),
+            (part._replace(kernel=None), d_rows),
+        )
+        return (total + value, (d_head._replace(kernel=kernel), d_rows)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), floats)
+    init = jnp.zeros((), compute_dtype(plan)), zeros
+    return jax.lax.scan(step, init, jnp.arange(blocks))[0]

@@ -1,0 +1,80 @@
+"""A classifier head for Flax nnx: a linear layer with its loss.
+
+```python
+self.head = jaxent.LinearHead(features, vocabulary, use_bias=False, rngs=rngs)
+...
+loss = self.head.loss(hidden, tokens)   # in training: no logits
+logits = self.head(hidden[:, -1])       # in generation
+```
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from ._arguments import ArrayOrList, read_class_mask
+from ._softmax import cap, compute_dtype
+from .losses import LinearCrossEntropyLoss
+
+
+class LinearHead(nnx.Linear):
+    """An `nnx.Linear` whose loss does not go through its logits.
+
+    It has the parameters of an `nnx.Linear`, and takes that one's place in a model or a
+    checkpoint.
+
+    Args:
+      in_features, out_features: width of the hidden states, number of classes.
+      criterion: the configuration of the loss, a `jaxent.LinearCrossEntropyLoss`. Its dtype
+        and precision, where given, go before those of the layer.
+      rngs, and any other keyword: as in `nnx.Linear`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> from flax import nnx
+      >>> criterion = jaxent.LinearCrossEntropyLoss(ignore_index=0)
+      >>> head = jaxent.LinearHead(8, 1000, criterion=criterion, rngs=nnx.Rngs(0))
+      >>> hidden, tokens = jnp.ones((4, 8)), jnp.array([5, 7, 0, 0])
+      >>> loss = head.loss(hidden, tokens)
+      >>> bool(jnp.isclose(loss, jaxent.cross_entropy(head(hidden), tokens, ignore_index=0)))
+      True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        criterion: LinearCrossEntropyLoss | None = None,
+        rngs: nnx.Rngs,
+        **keywords: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **keywords)
+        criterion = LinearCrossEntropyLoss() if criterion is None else criterion
+        if not isinstance(criterion, LinearCrossEntropyLoss) or criterion.class_axis not in (-1, 1):
+            raise ValueError(
+                "criterion must be a jaxent.LinearCrossEntropyLoss with class_axis=-1, the axis "
+                f"of classes in an nnx.Linear, got {criterion!r}"
+            )
+        self.criterion = criterion
+
+    def __call__(self, hidden: Array, out_sharding: Any = None) -> Array:
+        """Logits, (..., C), as the loss reads them: soft-capped, -inf for an excluded class."""
+        logits = super().__call__(hidden, out_sharding)
+        if self.criterion.softcap is not None:
+            logits = cap(self.criterion.softcap, logits.astype(compute_dtype(logits)))
+        exists = read_class_mask(self.criterion.class_mask, logits, logits.ndim - 1, "logits")
+        return logits if exists is None else jnp.where(exists, logits, -jnp.inf)
+
+    def loss(self, hidden: Array, targets: ArrayOrList, **keywords: Any) -> Array:
+        """The loss; any keyword of `jaxent.linear_cross_entropy` given here goes before the
+        criterion's."""
+        given = {
+            "bias": None if self.bias is None else self.bias[...],
+            "dtype": self.criterion.dtype or self.dtype,
+            "precision": self.criterion.precision or self.precision,
+        }
+        return self.criterion(hidden, self.kernel[...], targets, **(given | keywords))

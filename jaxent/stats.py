@@ -1,0 +1,164 @@
+"""What a token's logits say: its log-probability, their normalizer, entropy and best class.
+
+```python
+stats = jaxent.linear_token_stats(hidden, kernel, tokens)
+perplexity = jnp.exp(-stats.log_prob.mean())
+ratio = jnp.exp(stats.log_prob - old_log_prob)      # PPO, GRPO
+```
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from ._arguments import ArrayOrList, read_index_targets, read_logits, read_softcap
+from ._softmax import RowSums, cap, compute_dtype, row_max, row_sums
+from ._streaming import head_sums
+from ._targets import Rows, read_rows
+from .linear import PrecisionLike, read_head
+
+WANTED = "the statistics are of one class a token, given as an index"
+
+
+class TokenStats(NamedTuple):
+    """Statistics of every token, arrays of the targets' shape."""
+
+    log_prob: Array
+    log_normalizer: Array
+    entropy: Array
+    prediction: Array
+    correct: Array
+
+
+def token_stats(
+    logits: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    ignore_index: int | None = -100,
+    axis: int | None = None,
+    class_mask: ArrayOrList | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    r"""What each token's logits x say, given its target y:
+
+    * `log_prob`, :math:`\log p_y = x_y - \mathrm{lse}`,
+    * `log_normalizer`, :math:`\mathrm{lse} = \log \sum_c e^{x_c}`; the z-loss of
+      `jaxent.cross_entropy` is :math:`z\,\mathrm{lse}^2`,
+    * `entropy`, :math:`-\sum_c p_c \log p_c`, in nats,
+    * `prediction`, the most probable class, the first of equals; int32,
+    * `correct`, whether that is the target; bool.
+
+    The first three are differentiable, with any cotangents together, twice. A token that is
+    ignored, or has no class left, has 0 for each of them and is not correct. A target out of
+    range has a log-probability of NaN.
+
+    Args:
+      logits: float array, (..., C, ...). Half precision is computed in float32.
+      targets: class indices, integers, the shape of the logits without the class axis.
+      ignore_index, axis, class_mask, softcap: as in `jaxent.cross_entropy`.
+
+    Returns:
+      `TokenStats`, a named tuple of arrays of the targets' shape; floats are float32, float64
+      for float64 logits.
+
+    Raises:
+      TypeError: a dtype is none of the above.
+      ValueError: shapes do not fit, leave the class axis open, or a number is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> stats = jaxent.token_stats(jnp.zeros((2, 4)), jnp.array([0, 3]))
+      >>> stats.entropy / jnp.log(2), stats.correct
+      (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
+    """
+    logits = read_logits(logits, "logits")
+    softcap = read_softcap(softcap)
+    targets = read_index_targets(targets, WANTED)
+    rows = read_rows(
+        logits,
+        targets,
+        name="logits",
+        ignore_index=ignore_index,
+        axis=axis,
+        class_mask=class_mask,
+    )
+    shift = row_max(rows.axis, softcap, logits, rows.exists)
+    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.index, None, entropy=True)
+    # Of the capped logits, where the cap makes equals of different ones.
+    scores = cap(softcap, logits.astype(compute_dtype(logits)))
+    if rows.exists is not None:
+        scores = jnp.where(rows.exists, scores, -jnp.inf)
+    prediction = jnp.argmax(jax.lax.stop_gradient(scores), rows.axis, keepdims=True)
+    return _stats(rows, shift, sums, prediction, targets.shape)
+
+
+def linear_token_stats(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    bias: ArrayOrList | None = None,
+    class_axis: int = -1,
+    dtype: DTypeLike | None = None,
+    precision: PrecisionLike = None,
+    chunk_size: int | None = None,
+    ignore_index: int | None = -100,
+    class_mask: ArrayOrList | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    """`token_stats` of a linear classifier's logits, which are never held.
+
+    One pass over the classes; memory is that of `jaxent.linear_cross_entropy`.
+
+    Args:
+      hidden, kernel, bias, class_axis, dtype, precision, chunk_size, ignore_index,
+        class_mask, softcap: as in `jaxent.linear_cross_entropy`.
+      targets: class indices, integers, (...).
+
+    Returns:
+      As `token_stats`, arrays of shape (...).
+
+    Raises:
+      TypeError, ValueError: as `jaxent.linear_cross_entropy`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxent
+      >>> stats = jaxent.linear_token_stats(jnp.ones((2, 3)), jnp.eye(3), jnp.array([0, 3]))
+      >>> stats.log_prob.round(4), stats.prediction
+      (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
+    """
+    plan, head, rows, shape = read_head(
+        hidden,
+        kernel,
+        read_index_targets(targets, WANTED),
+        bias=bias,
+        class_axis=class_axis,
+        dtype=dtype,
+        precision=precision,
+        chunk_size=chunk_size,
+        softcap=softcap,
+        class_mask=class_mask,
+        ignore_index=ignore_index,
+        stats=True,
+    )
+    return _stats(rows, *head_sums(plan, head, rows.exists, rows.index), shape)
+
+
+def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array, shape) -> TokenStats:
+    counted = rows.sample_weight != 0
+    # The sums, not what comes of them, whose derivatives would be 0 * inf.
+    shift, sums = jax.tree.map(lambda values: jnp.where(counted, values, 0), (shift, sums))
+    prediction = prediction.astype(jnp.int32)
+    stats = TokenStats(
+        log_prob=rows.scale * (sums.picked - sums.log_sum),
+        log_normalizer=shift + sums.log_sum,
+        entropy=sums.entropy,
+        prediction=prediction,
+        correct=counted & (prediction == rows.index),
+    )
+    return jax.tree.map(lambda values: values.reshape(shape), stats)
