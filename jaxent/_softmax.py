@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def compute_dtype(*arrays: Array):
-    """float64 if one is float64, else float32."""
+def compute_dtype(*arrays: Any):
+    """float64 if one has dtype float64, else float32."""
     return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
 
 

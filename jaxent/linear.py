@@ -133,16 +133,20 @@ def linear_cross_entropy(
         sample_weight=sample_weight,
         class_mask=class_mask,
     )
-    z_loss = read_z_loss(z_loss, compute_dtype(plan))
+    coefficient = read_z_loss(z_loss, compute_dtype(plan))
     if reduction != "none" and _made_forward(plan, head):
         divisors = []
         if reduction == "mean":
             totals = jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)
             divisors = [jnp.where(total == 0, 1, total) for total in totals]
-        floats = dataclasses.replace(rows, exists=None, index=None, mass=None), z_loss, divisors
+        floats = (
+            dataclasses.replace(rows, exists=None, index=None, mass=None),
+            coefficient,
+            divisors,
+        )
         return head_total(plan, _divided_terms, head, floats, rows.exists, rows.index)
     shift, sums, _ = head_sums(plan, head, rows.exists, rows.index)
-    loss = reduce(loss_terms(rows, z_loss, shift, sums), rows.axis, reduction, None)
+    loss = reduce(loss_terms(rows, coefficient, shift, sums), rows.axis, reduction, None)
     return loss.reshape(shape) if reduction == "none" else loss
 
 

@@ -166,13 +166,13 @@ def token_stats(
     x = jnp.where(exists | (s == 0)[..., None], x, -jnp.inf)
     log_p, lse = _log_probs(x, -1)
     prediction = jnp.argmax(x, -1).astype(jnp.int32)
+    correct = (s != 0) & (jnp.take_along_axis(t, prediction[..., None], -1)[..., 0] > 0)
     return TokenStats(
         log_prob=s * poison * jnp.sum(times(t, log_p), -1),
         log_normalizer=s * lse,
         entropy=-s * jnp.sum(times(jnp.exp(log_p), log_p), -1),
         prediction=prediction,
-        correct=(s != 0)
-        & (jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == prediction[..., None], t, 0), -1) > 0),
+        correct=correct,
     )
 
 
@@ -222,7 +222,7 @@ def total_weight(
 def _logits(
     hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, sample_weight
 ):
-    """hidden @ kernel + bias, in float32 or float64; a token that is not counted is 0."""
+    """hidden @ kernel + bias, in float32 or float64; 0 for a token neither counted nor finite."""
     hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype)
     targets = read_head_targets(targets, hidden, kernel.shape[class_axis])
     wide = compute_dtype(jnp.empty(0, dtype))
@@ -230,7 +230,8 @@ def _logits(
     counted = read_sample_weight(sample_weight, hidden.shape[:-1], wide) != 0
     if targets.shape == hidden.shape[:-1]:
         counted &= ~read_indices(targets, None, read_ignore_index(ignore_index))[1]
-    hidden = jnp.where(counted[..., None], hidden, 0)
+    finite = jnp.all(jnp.isfinite(hidden), -1)
+    hidden = jnp.where((counted | finite)[..., None], hidden, 0)
     kernel = kernel if class_axis == 1 else kernel.T
     logits = jnp.matmul(
         hidden.astype(dtype),
