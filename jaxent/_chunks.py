@@ -37,7 +37,8 @@ class Head(NamedTuple):
     mass: Partial | None  # exists -> (N, C), its arrays scalars, (N, 1), (1, C) or (N, C)
 
 
-class Chunk(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Chunk:
     head: Head
     exists: Array | None  # among the classes of this chunk
     fresh: Array | None  # those which no earlier chunk had; None if all
@@ -67,7 +68,8 @@ def on_platform(function, plan, *arguments):
 
 
 def chunk_numbers(plan: Plan, head: Head) -> Array:
-    return jnp.arange(-(-head.kernel.shape[plan.class_axis] // plan.chunk))
+    count = -(-head.kernel.shape[plan.class_axis] // plan.chunk)
+    return jnp.arange(count, dtype=jnp.int32)
 
 
 def read_chunk(plan, head, exists, index, i):
@@ -86,7 +88,7 @@ def read_chunk(plan, head, exists, index, i):
         kernel = jnp.where(alive, kernel, 0)
     fresh = None
     if num_classes % plan.chunk:
-        fresh = start + jnp.arange(plan.chunk)[None] >= i * plan.chunk
+        fresh = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
     if index is not None:
         index = jnp.where(index >= i * plan.chunk, index - start, -1)
     return Chunk(Head(head.hidden, kernel, bias, mass), exists, fresh, index, start)

@@ -235,7 +235,8 @@ def row_gradients(
     """The gradients of a loss with respect to logits and target mass, given those of the sums."""
     d_log_sum, d_entropy, d_picked, d_mass_sum, d_target_sum = cotangents
     centred = _centre(softcap, x, shift, exists)
-    d_centred, d_q = 0, None
+    d_centred: Any = 0
+    d_q = None
     if log_sum is not None:
         uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)
         if entropy is not None:

@@ -118,7 +118,7 @@ def _blocks_pass(plan, floats, exists, index, terms):
         (shift, sums, _), kept = sums_pass(plan, head, exists_here, index_here, keep=True)
 
         def block_total(rows, sums):
-            fresh = start + jnp.arange(size)[:, None] >= i * size
+            fresh = start + jnp.arange(size, dtype=jnp.int32)[:, None] >= i * size
             return jnp.sum(jnp.where(fresh, terms(rows, shift, sums), 0))
 
         value, pull = jax.vjp(block_total, rows, sums)
@@ -148,4 +148,4 @@ def _blocks_pass(plan, floats, exists, index, terms):
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), floats)
     init = jnp.zeros((), compute_dtype(plan)), zeros
-    return jax.lax.scan(step, init, jnp.arange(blocks))[0]
+    return jax.lax.scan(step, init, jnp.arange(blocks, dtype=jnp.int32))[0]

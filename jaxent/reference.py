@@ -35,7 +35,7 @@ from ._arguments import (
 from ._reduction import total
 from ._softmax import along, compute_dtype, times, unless_zero
 from ._targets import read_indices
-from .stats import TokenStats
+from .stats import WANTED, TokenStats
 
 
 def log_softmax(logits, axis=-1, *, class_mask=None) -> Array:
@@ -156,16 +156,17 @@ def token_stats(
     logits, targets, *, ignore_index=-100, axis=None, class_mask=None, softcap=None
 ) -> TokenStats:
     """log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
+    targets = read_index_targets(targets, WANTED)
     x, exists, t, s, _, _, poison = _read(
         "logits", logits, targets, None, ignore_index, axis, None, class_mask
     )
     softcap = read_softcap(softcap)
-    x = jnp.where(exists & (s != 0)[..., None], x, 0)
     if softcap is not None:
         x = softcap * jnp.tanh(x / softcap)
-    x = jnp.where(exists | (s == 0)[..., None], x, -jnp.inf)
+    prediction = jnp.argmax(jnp.where(exists, x, -jnp.inf), -1).astype(jnp.int32)
+    counted = (s != 0)[..., None]
+    x = jnp.where(counted, jnp.where(exists, x, -jnp.inf), 0)
     log_p, lse = _log_probs(x, -1)
-    prediction = jnp.argmax(x, -1).astype(jnp.int32)
     correct = (s != 0) & (jnp.take_along_axis(t, prediction[..., None], -1)[..., 0] > 0)
     return TokenStats(
         log_prob=s * poison * jnp.sum(times(t, log_p), -1),
@@ -191,6 +192,7 @@ def linear_token_stats(
     softcap=None,
 ) -> TokenStats:
     """token_stats(hidden @ kernel + bias)."""
+    targets = read_index_targets(targets, WANTED)
     logits = _logits(
         hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, None
     )

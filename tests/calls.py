@@ -124,6 +124,46 @@ def calls(draw, options=(), shapes=None, dtypes=DTYPES, targets=("indices", "pro
     return Call(axis, floats, others, random.normal(size=rows).astype(_wide(dtype)))
 
 
+@dataclasses.dataclass
+class HeadCall(Call):
+    """Arguments of a head's loss: hidden and kernel in place of logits."""
+
+    @property
+    def shape(self):
+        kernel = self.floats["kernel"]
+        return (*self.cotangent.shape, kernel.shape[self.others.get("class_axis", -1)])
+
+    @property
+    def dtype(self):
+        return jnp.result_type(self.floats["hidden"], self.floats["kernel"])
+
+
+HEAD_SHAPES = [((5,), 0), ((4, 5), 1), ((7, 13), 1), ((2, 3, 6), 2), ((3, 2), 1), ((0, 4), 1)]
+
+
+@st.composite
+def head_calls(draw, options=(), shapes=HEAD_SHAPES, dtypes=DTYPES, **keywords):
+    """A call of `linear_cross_entropy`, its chunks of any size."""
+    call = draw(calls(options, shapes, dtypes, **keywords))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows, num_classes = call.cotangent.shape, call.shape[call.axis]
+    width, class_axis = draw(st.sampled_from([1, 3, num_classes])), draw(st.sampled_from([-1, 0]))
+    kernel = 2 * random.normal(size=(width, num_classes))
+    floats = {
+        "hidden": random.normal(size=(*rows, width)).astype(call.dtype),
+        "kernel": (kernel if class_axis == -1 else kernel.T).astype(call.dtype),
+    }
+    if draw(st.booleans()):
+        floats["bias"] = random.normal(size=num_classes).astype(_wide(call.dtype))
+    others = {
+        "class_axis": class_axis,
+        "chunk_size": draw(st.sampled_from([None, 1, 2, 3, 5, num_classes])),
+    }
+    floats |= {k: v for k, v in call.floats.items() if k != "logits"}
+    others |= {k: v for k, v in call.others.items() if k != "axis"}
+    return HeadCall(call.axis, floats, others, call.cotangent)
+
+
 EVERY_OPTION = (
     "weight",
     "ignore_index",
@@ -173,8 +213,9 @@ def evaluate(function, call: Call, jit: bool = True):
 
     def scalar(floats):
         arguments = {**call.others, **floats}
-        logits, targets = arguments.pop("logits"), arguments.pop("targets")
-        loss = function(logits, targets, **arguments)
+        first = ("hidden", "kernel") if isinstance(call, HeadCall) else ("logits",)
+        positional = [arguments.pop(name) for name in (*first, "targets")]
+        loss = function(*positional, **arguments)
         cotangent = call.cotangent if loss.ndim else call.cotangent.dtype.type(1)
         return jnp.sum(loss * cotangent), loss
 

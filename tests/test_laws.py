@@ -1,5 +1,7 @@
 """The laws that define the library, each over generated calls, values and gradients."""
 
+import contextlib
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from calls import (
     eps,
     evaluate,
     full_mask,
+    head_calls,
     precision,
 )
 from hypothesis import assume, given, settings
@@ -343,6 +346,24 @@ def test_gradient_of_a_row_sums_to_zero(call):
     assert np.abs(grad.sum(call.axis)).max(initial=0) <= bound * np.abs(grad).max(initial=0)
 
 
+@pytest.mark.parametrize("made_forward", [False, True])
+@settings(max_examples=25, deadline=None)
+@given(head_calls(EVERY_OPTION))
+def test_head(made_forward, call):
+    # Gradients in the forward pass are for wide kernels, too slow for here.
+    with gradients_in_the_forward_pass(made_forward):
+        actual = evaluate(jaxent.linear_cross_entropy, call)
+    assert_same(actual, evaluate(reference.linear_cross_entropy, call), 2 * ULPS)
+
+
+@contextlib.contextmanager
+def gradients_in_the_forward_pass(wanted):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxent.linear, "_made_forward", lambda plan, head: wanted)
+        patch.setattr(jaxent._total, "BLOCK", 3)
+        yield
+
+
 @law
 @given(calls(EVERY_OPTION, BATCHED, HALF_AND_SINGLE))
 def test_batching(call):
@@ -369,7 +390,18 @@ def test_batching(call):
     assert_same(actual, evaluate(jaxent.cross_entropy, call), ULPS)
 
 
-@pytest.mark.parametrize("name", ["log_softmax", "nll", "cross_entropy", "total_weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log_softmax",
+        "nll",
+        "cross_entropy",
+        "linear_cross_entropy",
+        "total_weight",
+        "token_stats",
+        "linear_token_stats",
+    ],
+)
 def test_reference_has_the_same_signature(name):
     import inspect
 

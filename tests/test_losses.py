@@ -554,12 +554,17 @@ def test_nll_object_equals_its_function(options, call):
 
 @pytest.mark.parametrize(
     "make, function",
-    [(jaxent.NLLLoss, jaxent.nll), (jaxent.CrossEntropyLoss, jaxent.cross_entropy)],
+    [
+        (jaxent.NLLLoss, jaxent.nll),
+        (jaxent.CrossEntropyLoss, jaxent.cross_entropy),
+        (jaxent.LinearCrossEntropyLoss, jaxent.linear_cross_entropy),
+    ],
 )
 def test_object_takes_its_functions_keywords_with_their_defaults(make, function):
-    """All but sample_weight, which belongs to a batch and goes with the call."""
+    """All but sample_weight and bias, which go with the call."""
     of_object = inspect.signature(make).parameters
     of_function = inspect.signature(function).parameters
     keywords = {k: p.default for k, p in of_function.items() if p.kind is p.KEYWORD_ONLY}
+    keywords.pop("bias", None)
     del keywords["sample_weight"]
     assert {k: p.default for k, p in of_object.items()} == keywords

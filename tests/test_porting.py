@@ -1,6 +1,7 @@
 """PyTorch's loss modules and deprecated flags, read as ours."""
 
 import itertools
+import pathlib
 import subprocess
 import sys
 import warnings
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxent
 from jaxent import porting
@@ -19,6 +21,13 @@ FLAGS = (None, True, False)
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def linear(torch):
+    if not hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        pytest.skip("PyTorch before 2.13 has no LinearCrossEntropyLoss")
+    return torch.nn.LinearCrossEntropyLoss
 
 
 @pytest.mark.parametrize(
@@ -141,6 +150,116 @@ def test_weight_is_a_copy_detached_from_its_module(torch):
     np.testing.assert_array_equal(loss.weight, [1.0, 1.0, 1.0])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(6, 3), (3,)])
+def test_linear_module_becomes_a_head_that_computes_the_same(torch, linear, shape, bias):
+    torch.manual_seed(0)
+    weight = torch.tensor([1.0, 0.5, 2.0, 3.0])
+    module = linear(3, 4, bias=bias, weight=weight, ignore_index=0, label_smoothing=0.2)
+    head = porting.from_torch(module)
+    assert type(head) is jaxent.LinearHead
+    assert repr(head.criterion) == (
+        "LinearCrossEntropyLoss(weight=float32[4], ignore_index=0, label_smoothing=0.2)"
+    )
+    hidden = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    labels = np.array([1, 2, 3, 0, 1, 0]) if len(shape) == 2 else np.array(2)
+    theirs = module(torch.tensor(hidden), torch.tensor(labels))
+    loss = nnx.jit(lambda head: head.loss(hidden, labels))(head)
+    np.testing.assert_allclose(loss, theirs.item(), rtol=1e-5)
+    logits = module.linear(torch.tensor(hidden)).detach()
+    np.testing.assert_allclose(head(hidden), logits, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_step_of_a_ported_head_is_that_of_its_module(torch, linear):
+    torch.manual_seed(1)
+    module = linear(3, 4, bias=True, reduction="sum")
+    head = porting.from_torch(module)
+    hidden = np.random.default_rng(4).normal(size=(6, 3)).astype(np.float32)
+    labels = np.array([1, 2, 3, -100, 1, 0])
+    module(torch.tensor(hidden), torch.tensor(labels)).backward()
+    gradients = nnx.grad(lambda head: head.loss(hidden, labels))(head)
+    for name, theirs in (
+        ("kernel", module.linear.weight.grad.T),
+        ("bias", module.linear.bias.grad),
+    ):
+        assert np.any(theirs.numpy() != 0)
+        np.testing.assert_allclose(gradients[name][...], theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_module_of_defaults_is_a_head_of_defaults(linear):
+    head = porting.from_torch(linear(3, 4))
+    assert repr(head.criterion) == "LinearCrossEntropyLoss()"  # ignoring -100, as torch's None
+    assert head.bias is None
+    built = jaxent.LinearHead(3, 4, use_bias=False, rngs=nnx.Rngs(0))
+    assert nnx.graphdef(head) == nnx.graphdef(built)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_parameters_of_a_head_keep_their_dtype_and_every_bit(torch, linear, dtype):
+    module = linear(3, 5, bias=True, dtype=getattr(torch, dtype))
+    with jax.enable_x64(dtype == "float64"):
+        head = porting.from_torch(module)
+    theirs = {"kernel": module.linear.weight.T, "bias": module.linear.bias}
+    for name, parameter in theirs.items():
+        ours = getattr(head, name)[...]
+        assert ours.dtype == head.param_dtype == dtype
+        np.testing.assert_array_equal(
+            np.asarray(ours, np.float64), parameter.detach().double().numpy(), strict=True
+        )
+
+
+def test_float64_parameters_come_as_float32_where_jax_has_no_float64(torch, linear):
+    module = linear(3, 5, bias=True, dtype=torch.float64)
+    head = porting.from_torch(module)
+    assert head.kernel.dtype == head.bias.dtype == head.param_dtype == jnp.float32
+    theirs = module.linear.weight.T.detach().numpy()
+    np.testing.assert_array_equal(head.kernel[...], theirs.astype(np.float32))
+
+
+def test_parameters_of_a_head_are_copies(torch, linear):
+    module = linear(64, 64, bias=True, weight=torch.ones(64))
+    head = porting.from_torch(module)
+    before = jax.tree.map(np.array, nnx.state(head))
+    with torch.no_grad():
+        for tensor in (module.linear.weight, module.linear.bias, module.weight):
+            tensor.fill_(7.0)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(head), before)
+    assert np.any(head.kernel[...] != 7) and np.all(head.criterion.weight == 1)
+
+
+def test_chunking_options_of_a_head_are_left_behind(torch, linear):
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method=None)
+    head = porting.from_torch(linear(3, 4, options=options))
+    assert repr(head.criterion) == "LinearCrossEntropyLoss()"
+
+
+@pytest.mark.parametrize("out_features", [(2,), (4, 3), (1,)])
+def test_head_of_several_codebooks_is_refused_in_a_message_that_says_what_to_call(
+    linear, out_features
+):
+    with pytest.raises(ValueError) as caught:
+        porting.from_torch(linear(5, 10, out_features=out_features))
+    message = str(caught.value)
+    assert message.startswith(f"module has out_features={out_features}")
+    assert "one jaxent.linear_cross_entropy under jax.vmap" in message
+    section = message.split('"')[1]
+    page = pathlib.Path(__file__).parent.parent / "docs" / "porting.md"
+    assert "docs/porting.md" in message and f"\n### {section}\n" in page.read_text()
+
+
+def test_subclass_of_the_linear_module_is_taken_unless_it_has_a_forward(linear):
+    class Mine(linear):
+        pass
+
+    class Scaled(linear):
+        def forward(self, hidden, labels):
+            return 2 * super().forward(hidden, labels)
+
+    assert type(porting.from_torch(Mine(3, 4))) is jaxent.LinearHead
+    with pytest.raises(TypeError, match=r"a torch\.nn\.LinearCrossEntropyLoss or .*Scaled"):
+        porting.from_torch(Scaled(3, 4))
+
+
 def test_probability_targets_with_an_ignore_index_are_refused_at_the_call_by_both(torch):
     module = torch.nn.CrossEntropyLoss(ignore_index=0)
     loss = porting.from_torch(module)
@@ -171,7 +290,8 @@ def test_other_modules_are_refused_in_a_message_that_says_what_is_taken(torch):
 
 
 def test_losses_of_the_same_name_that_are_not_pytorchs_are_refused():
-    for loss in (jaxent.CrossEntropyLoss(), jaxent.NLLLoss(), None, "CrossEntropyLoss"):
+    losses = (jaxent.CrossEntropyLoss(), jaxent.NLLLoss(), jaxent.LinearCrossEntropyLoss())
+    for loss in (*losses, None, "CrossEntropyLoss"):
         with pytest.raises(TypeError, match="from_torch takes"):
             porting.from_torch(loss)
 

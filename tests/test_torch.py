@@ -1,4 +1,5 @@
-"""PyTorch parity: values and gradients of F.cross_entropy and F.nll_loss, then each difference.
+"""PyTorch parity: values and gradients of F.cross_entropy, F.nll_loss and
+F.linear_cross_entropy, then each difference.
 
 Where the two differ by design, a test shows both sides.
 """
@@ -202,6 +203,255 @@ def test_probability_targets_with_an_ignore_index_of_a_class_are_refused_by_both
         jaxent.cross_entropy(logits, logits, ignore_index=0)
 
 
+# The linear head
+
+linear = pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="PyTorch before 2.13 has no linear_cross_entropy"
+)
+seeds = given(seed=st.integers(0, 2**32 - 1))  # a case compiles once
+
+
+@functools.partial(jax.jit, static_argnames=("ignore_index", "chunk_size"))
+def ours_linear(floats, others, cotangent, ignore_index, chunk_size=None):
+    """As `ours`, of a head with PyTorch's names."""
+    results = {}
+    for reduction in REDUCTIONS:
+
+        def loss(floats, reduction=reduction):
+            return jaxent.linear_cross_entropy(
+                floats["input"],
+                floats["linear_weight"],
+                others["target"],
+                bias=floats.get("linear_bias"),
+                class_axis=0,
+                weight=others.get("weight"),
+                label_smoothing=others.get("label_smoothing", 0.0),
+                ignore_index=ignore_index,
+                reduction=reduction,
+                chunk_size=chunk_size,
+            )
+
+        value, pull = jax.vjp(loss, floats)
+        (gradients,) = pull(cotangent if reduction == "none" else jnp.ones_like(value))
+        results[reduction] = value, gradients
+    return results
+
+
+def theirs_linear(floats, others, cotangent, ignore_index, reduction, options=None):
+    others = others | {"options": options}
+    return theirs("linear_cross_entropy", floats, others, cotangent, ignore_index, reduction)
+
+
+def check_head_parity(results, floats, others, cotangent, ignore_index=None, options=(None,)):
+    """All three reductions, values and gradients, equal to rounding, however PyTorch chunks."""
+    # As in check_parity, with matmuls. Over 14000 calls the two were never more than 6 units of
+    # rounding apart, of the number and the largest argument or logit together.
+    tolerance = 16 * np.finfo("float32").eps
+    hidden, kernel = floats["input"], floats["linear_weight"]
+    logits = np.tensordot(hidden, kernel, (-1, -1))
+    scale = max(1.0, *(np.abs(x).max() for x in (hidden, kernel, logits)))
+    for (reduction, (loss, gradients)), option in itertools.product(results.items(), options):
+        expected_loss, expected = theirs_linear(
+            floats, others, cotangent, ignore_index, reduction, option
+        )
+        assert np.all(np.isfinite(expected_loss)) and np.any(expected_loss != 0)
+        assert gradients.keys() == expected.keys()
+        for key, value in {"loss": loss, **gradients}.items():
+            np.testing.assert_allclose(
+                value,
+                expected_loss if key == "loss" else expected[key],
+                rtol=tolerance,
+                atol=tolerance * scale,
+                err_msg=f"{reduction}: {key}, {option}",
+                strict=True,
+            )
+
+
+def draw_head(shape, seed, biased):
+    """Hidden states, kernel and bias; class weights, a cotangent, and the generator."""
+    *rows, num_classes, width = [size for size in shape if size is not None]
+    _, weight, cotangent, random = draw((*rows[:1], num_classes, *rows[1:]), "float32", seed)
+    floats = {
+        "input": random.normal(size=(*rows, width)).astype("float32"),
+        "linear_weight": 2 * random.normal(size=(num_classes, width)).astype("float32"),
+    }
+    if biased:
+        floats["linear_bias"] = random.normal(size=num_classes).astype("float32")
+    return floats, weight, cotangent, random
+
+
+@linear
+@pytest.mark.parametrize(
+    ("shape", "biased", "weighted", "ignored"),  # N, C, D; one example without N
+    [
+        ((4, 5, 3), False, False, -100),
+        ((6, 3, 4), True, True, -1),
+        ((None, 6, 2), True, False, 0),
+        ((1, 2, 3), False, True, -100),
+    ],
+)
+@few
+@seeds
+def test_linear_cross_entropy_of_indices_is_pytorchs_however_it_chunks(
+    shape, biased, weighted, ignored, seed
+):
+    floats, weight, cotangent, random = draw_head(shape, seed, biased)
+    targets = draw_indices(random, cotangent.shape, len(weight), ignored)
+    others = {"target": targets} | ({"weight": weight} if weighted else {})
+    chunks = torch.nn.LinearCrossEntropyOptions
+    options = [
+        None,
+        chunks(),
+        *(
+            chunks(batch_chunk_size=2, chunking_method=None, acc_policy=policy)
+            for policy in ("accurate", "balanced", "compact")
+        ),
+    ]
+    results = jax.device_get(ours_linear(floats, others, cotangent, ignored, chunk_size=2))
+    check_head_parity(results, floats, others, cotangent, ignored, options)
+
+
+@linear
+@pytest.mark.parametrize(
+    ("shape", "biased", "weighted"), [((4, 5, 3), False, True), ((None, 6, 2), True, False)]
+)
+@few
+@seeds
+def test_linear_cross_entropy_with_label_smoothing_is_pytorchs(shape, biased, weighted, seed):
+    floats, weight, cotangent, random = draw_head(shape, seed, biased)
+    targets = draw_indices(random, cotangent.shape, len(weight), -100)
+    for others in smoothings(True, "float32"):
+        others |= {"target": targets} | ({"weight": weight} if weighted else {})
+        results = jax.device_get(ours_linear(floats, others, cotangent, -100))
+        check_head_parity(results, floats, others, cotangent)
+
+
+@linear
+@pytest.mark.parametrize(
+    ("shape", "biased", "weighted", "smoothed"),
+    [
+        ((4, 5, 3), True, True, True),
+        ((6, 3, 4), False, True, False),
+        ((None, 6, 2), True, False, False),
+    ],
+)
+@few
+@seeds
+def test_linear_cross_entropy_of_probabilities_is_pytorchs(shape, biased, weighted, smoothed, seed):
+    floats, weight, cotangent, random = draw_head(shape, seed, biased)
+    probabilities = random.uniform(-0.2, 1, (*cotangent.shape, len(weight))).astype("float32")
+    for others in smoothings(smoothed, "float32"):
+        others |= {"target": probabilities} | ({"weight": weight} if weighted else {})
+        results = jax.device_get(ours_linear(floats, others, cotangent, -100, chunk_size=2))
+        check_head_parity(results, floats, others, cotangent)
+
+
+@linear
+def test_wide_linear_cross_entropy_whose_gradients_are_made_forward_is_pytorchs():
+    floats, weight, cotangent, random = draw_head((6, 5, 1024), 7, biased=True)
+    floats["linear_weight"] /= 32
+    others = {"target": draw_indices(random, (6,), 5, -100), "weight": weight}
+    options = [None, torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4, chunking_method=None)]
+    results = jax.device_get(ours_linear(floats, others, cotangent, -100))
+    check_head_parity(results, floats, others, cotangent, None, options)
+
+
+def over_codebooks(loss, num_axes, out_axes=0):
+    """`loss(kernel, bias, targets)` for each of d1..dK in (C, d1..dK, D), (C, d1..dK) and
+    (N, d1..dK)."""
+    for _ in range(num_axes):
+        loss = jax.vmap(loss, (1, 1, 1), out_axes)
+    return loss
+
+
+@functools.partial(jax.jit, static_argnames="num_axes")
+def ours_codebooks(floats, others, cotangent, num_axes):
+    """As `ours_linear`, of heads with a kernel (C, d1..dK, D)."""
+    results = {}
+    targets, weight = others["target"], others.get("weight")
+    for reduction in REDUCTIONS:
+
+        def loss(floats, reduction=reduction):
+            def one(kernel, bias, targets):
+                return jaxent.linear_cross_entropy(
+                    floats["input"],
+                    kernel,
+                    targets,
+                    bias=bias,
+                    class_axis=0,
+                    weight=weight,
+                    reduction="none" if reduction == "none" else "sum",
+                )
+
+            head = floats["linear_weight"], floats.get("linear_bias")
+            if reduction == "none":
+                return over_codebooks(one, num_axes, out_axes=1)(*head, targets)
+            total = jnp.sum(over_codebooks(one, num_axes)(*head, targets))
+            divisor = jaxent.total_weight(targets, weight=weight)
+            return total / divisor if reduction == "mean" else total
+
+        value, pull = jax.vjp(loss, floats)
+        (gradients,) = pull(cotangent if reduction == "none" else jnp.ones_like(value))
+        results[reduction] = value, gradients
+    return results
+
+
+def draw_codebooks(shape, seed, biased):
+    *rows, num_classes, axes, width = shape
+    floats, weight, _, random = draw_head((*rows, num_classes, width), seed, biased=False)
+    floats["linear_weight"] = random.normal(size=(num_classes, *axes, width)).astype("float32")
+    if biased:
+        floats["linear_bias"] = random.normal(size=(num_classes, *axes)).astype("float32")
+    return floats, weight, random.normal(size=(*rows, *axes)).astype("float32"), random
+
+
+@linear
+@pytest.mark.parametrize(
+    ("shape", "biased", "weighted"),  # N, C, (d1..dK), D
+    [((4, 5, (2,), 3), False, True), ((3, 4, (2, 3), 2), True, False)],
+)
+@few
+@seeds
+def test_linear_cross_entropy_under_vmap_is_pytorchs_of_several_codebooks(
+    shape, biased, weighted, seed
+):
+    floats, weight, cotangent, random = draw_codebooks(shape, seed, biased)
+    targets = draw_indices(random, cotangent.shape, len(weight), -100)
+    others = {"target": targets} | ({"weight": weight} if weighted else {})
+    results = jax.device_get(ours_codebooks(floats, others, cotangent, len(shape[2])))
+    check_head_parity(results, floats, others, cotangent)
+
+
+@linear
+def test_mean_over_codebooks_of_probabilities_is_the_mean_of_their_means():
+    floats, _, cotangent, random = draw_codebooks((4, 5, (2, 3), 3), 8, biased=True)
+    probabilities = random.dirichlet(np.ones(5), cotangent.shape).astype("float32")
+    targets = np.moveaxis(probabilities, -1, 1).copy()  # (N, C, d1, d2)
+    expected, _ = theirs_linear(floats, {"target": targets}, cotangent, None, "mean")
+
+    def one(kernel, bias, targets):
+        return jaxent.linear_cross_entropy(
+            floats["input"], kernel, targets, bias=bias, class_axis=0
+        )
+
+    for _ in range(2):
+        one = jax.vmap(one, (1, 1, 2))
+    means = jax.jit(one)(floats["linear_weight"], floats["linear_bias"], targets)
+    np.testing.assert_allclose(jnp.mean(means), expected, rtol=1e-5)
+
+
+@linear
+def test_mean_of_codebook_means_is_another_number_where_their_counts_differ():
+    floats, _, cotangent, _ = draw_codebooks((4, 5, (2,), 3), 9, biased=False)
+    targets = np.array([[1, 2], [0, -100], [4, -100], [3, -100]])
+    expected, _ = theirs_linear(floats, {"target": targets}, cotangent, None, "mean")
+    loss = functools.partial(jaxent.linear_cross_entropy, floats["input"], class_axis=0)
+    means = jax.jit(jax.vmap(loss, (1, 1)))(floats["linear_weight"], targets)
+    assert abs(jnp.mean(means) - expected) > 1e-2
+    counts = np.array([4, 1])
+    np.testing.assert_allclose(jnp.sum(means * counts) / 5, expected, rtol=1e-5)
+
+
 # What differs, by design
 
 NOTHING_COUNTED = {
@@ -321,3 +571,94 @@ def test_weight_of_another_float_dtype_is_taken_where_pytorch_wants_the_logits()
     expected = F.cross_entropy(*map(torch.tensor, (logits, targets, half.astype(np.float32))))
     loss = jax.jit(jaxent.cross_entropy)(logits, targets, weight=half)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@linear
+@pytest.mark.parametrize("chunked", [False, True])
+def test_linear_mean_over_no_tokens_is_0_where_pytorchs_is_nan(chunked):
+    floats, _, cotangent, _ = draw_head((4, 5, 3), 10, biased=True)
+    others = {"target": np.full(4, -100)}
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    loss, _ = theirs_linear(floats, others, cotangent, None, "mean", options)
+    assert np.isnan(loss)
+    loss, gradients = ours_linear(floats, others, cotangent, -100)["mean"]
+    assert loss == 0
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, np.zeros_like(floats[name]), strict=True)
+
+
+@linear
+@pytest.mark.parametrize("chunked", [False, True])
+def test_nan_hidden_state_of_an_ignored_token_stays_out_where_pytorch_lets_it_in(chunked):
+    floats, _, cotangent, _ = draw_head((4, 5, 3), 11, biased=True)
+    floats["input"][1] = np.nan
+    targets = np.array([4, -100, 1, 2])
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    loss, theirs_ = theirs_linear(floats, {"target": targets}, cotangent, None, "sum", options)
+    assert np.isnan(loss) == chunked
+    assert np.all(np.isnan(theirs_["linear_weight"]))
+    others = {"target": targets}
+    results = ours_linear(floats, others, cotangent, -100)
+    floats["input"] = np.nan_to_num(floats["input"])
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6),
+        results,
+        ours_linear(floats, others, cotangent, -100),
+    )
+    assert np.all(results["sum"][1]["input"][1] == 0)
+
+
+@linear
+def test_hidden_states_of_any_leading_shape_are_taken_where_pytorch_wants_one_axis():
+    floats, _, _, random = draw_head((6, 5, 3), 12, biased=False)
+    hidden, kernel = floats["input"].reshape(2, 3, 3), floats["linear_weight"]
+    targets = random.integers(0, 5, (2, 3))
+    with pytest.raises(RuntimeError, match="dimensionality 1 or 2, got 3"):
+        F.linear_cross_entropy(*map(torch.tensor, (hidden, kernel, targets)))
+    expected = F.linear_cross_entropy(
+        *map(torch.tensor, (floats["input"], kernel, targets.ravel()))
+    )
+    loss = jax.jit(functools.partial(jaxent.linear_cross_entropy, class_axis=0))
+    loss = loss(hidden, kernel, targets)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@linear
+def test_chunks_have_a_functional_gradient_and_a_hessian_where_pytorchs_have_neither():
+    floats, _, _, _ = draw_head((4, 5, 3), 13, biased=False)
+    hidden, kernel = floats["input"], floats["linear_weight"]
+    targets = np.array([4, 0, 1, 2])
+
+    def theirs_of(options):
+        head = torch.tensor(kernel), torch.tensor(targets)
+        return lambda hidden: F.linear_cross_entropy(hidden, *head, options=options)
+
+    def loss(hidden):
+        return jaxent.linear_cross_entropy(hidden, kernel, targets, class_axis=0, chunk_size=2)
+
+    point, second = torch.tensor(hidden), torch.autograd.functional.hessian
+    whole = theirs_of(None)
+    chunked = theirs_of(
+        torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method=None)
+    )
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(chunked)(point)
+    assert torch.all(second(chunked, point) == 0)  # silently
+    gradient, hessian = jax.jit(lambda x: (jax.grad(loss)(x), jax.hessian(loss)(x)))(hidden)
+    np.testing.assert_allclose(gradient, torch.func.grad(whole)(point), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(hessian, second(whole, point), rtol=1e-4, atol=1e-6)
+
+
+@linear
+def test_probability_targets_go_with_a_negative_ignore_index_where_pytorch_wants_none():
+    floats, _, cotangent, random = draw_head((4, 5, 3), 14, biased=False)
+    others = {"target": random.dirichlet(np.ones(5), 4).astype("float32")}
+    with pytest.raises(RuntimeError, match="ignore_index cannot be specified"):
+        theirs_linear(floats, others, cotangent, -100, "mean")
+    loss = functools.partial(
+        jaxent.linear_cross_entropy, floats["input"], floats["linear_weight"], class_axis=0
+    )
+    with pytest.raises(ValueError, match="ignore_index=0"):
+        loss(others["target"], ignore_index=0)
+    expected, _ = theirs_linear(floats, others, cotangent, None, "mean")
+    np.testing.assert_allclose(jax.jit(loss)(others["target"]), expected, rtol=1e-5)
