@@ -1,7 +1,7 @@
 """Accelerators that are not here: XLA compiles for them ahead of time, and counts memory.
 
 TPUs need `pip install "jax[tpu]"`; the H100 `pip install jax-cuda13-plugin jax-cuda13-pjrt` of
-jax's version, and no CUDA.
+jax's version, and no CUDA. Set `JAX_PLATFORMS=cpu`, or JAX looks for the chips.
 """
 
 import os
@@ -33,8 +33,16 @@ NAMES = (*TPUS, "H100")
 def sharding(name: str) -> jax.sharding.Sharding:
     """One device of this kind, to be given to `jax.ShapeDtypeStruct`."""
     if name == "H100":
-        topology = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1")
+        topology = topologies.get_topology_desc(
+            "h100", "cuda", target_config=H100, topology="1x1x1"
+        )
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def needs(name: str) -> str:
+    """What to install where `sharding` raises."""
+    cuda = "`pip install jax-cuda13-plugin jax-cuda13-pjrt` of jax's version"
+    return cuda if name == "H100" else '`pip install "jax[tpu]"`'
