@@ -178,7 +178,7 @@ def _sums_jvp(plan, primals, tangents):
     d_sums, _ = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, sums), steps)
     if plan.stats:
         slope = jnp.where(jnp.isfinite(sums.entropy), 1 - sums.entropy, 0)
-        d_sums = d_sums._replace(entropy=d_sums.entropy - slope * d_sums.log_sum)
+        d_sums = d_sums._replace(entropy=d_sums.entropy + slope * d_sums.log_sum)
     d_best = None if best is None else np.zeros(best.shape, jax.dtypes.float0)
     return (shift, sums, best), (jnp.zeros_like(shift), d_sums, d_best)
 
