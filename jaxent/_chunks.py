@@ -11,8 +11,10 @@ from jax.tree_util import Partial
 
 from ._softmax import compute_dtype, row_gradients
 
-TILE = 2**23  # bytes of a chunk's logits
-CHUNK = 1024  # classes, at least
+# A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
+# took the same time for 2048 tokens (within 5 %), and 4096 more.
+TILE = 2**23
+CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)

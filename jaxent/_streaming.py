@@ -53,22 +53,20 @@ def _pack(shift, sums, best):
 
 
 def _unpack(plan, head, index, packed):
-    asked = (
-        RowSums(0, 0 if plan.stats else None, None if index is None else 0)
-        if head.mass is None
-        else RowSums(0, 0 if plan.stats else None, None if index is None else 0, 0, 0)
-    )
-    structure = jax.tree.structure((0, asked, 0 if plan.stats else None))
+    stats = 0 if plan.stats else None
+    mass = None if head.mass is None else 0
+    asked = RowSums(0, stats, None if index is None else 0, mass, mass)
+    structure = jax.tree.structure((0, asked, stats))
     return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[-1], -1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _packed_sums(plan, head, exists, index):
-    return _pack(*first_sums(plan, head, exists, index))
+    return _pack(*streamed_sums(plan, head, exists, index))
 
 
 def _packed_sums_fwd(plan, head, exists, index):
-    shift, sums, best = first_sums(plan, head, exists, index)
+    shift, sums, best = streamed_sums(plan, head, exists, index)
     return _pack(shift, sums, best), (head, exists, index, shift, sums.log_sum, sums.entropy)
 
 
@@ -91,7 +89,7 @@ def _cast(gradients, head):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def first_sums(plan, head, exists, index):
+def streamed_sums(plan, head, exists, index):
     return on_platform(sums_pass, plan, head, exists, index)
 
 
@@ -144,10 +142,10 @@ def sums_pass(plan, head, exists, index, keep=False):
     return (out, kept) if keep else out
 
 
-@first_sums.defjvp
+@streamed_sums.defjvp
 def _sums_jvp(plan, primals, tangents):
     head, exists, index = primals
-    shift, sums, best = first_sums(plan, *primals)
+    shift, sums, best = streamed_sums(plan, *primals)
     plan = _finer(plan)
     finite = jnp.isfinite(sums.log_sum)
 

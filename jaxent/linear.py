@@ -37,8 +37,10 @@ from .functional import loss_terms
 
 PrecisionLike = Any  # as jax.lax.dot_general takes it
 
-ACCUMULATOR = 2**28  # bytes
-WIDTH = {16: 512, 32: 1024, 64: 1024}  # by bits
+# Where gradients are made forward: the float32 kernel gradient's bytes at most, and the width at
+# least, by the dtype's bits. The docstring of linear_cross_entropy has the measurement.
+ACCUMULATOR = 2**28
+WIDTH = {16: 512, 32: 1024, 64: 1024}
 
 
 def linear_cross_entropy(
@@ -68,17 +70,17 @@ def linear_cross_entropy(
     product is accumulated in float32, and so are the gradients across chunks. A token that is
     not counted reaches nothing, even if its hidden state is NaN.
 
-    Memory is that of the gradients and of two chunks of logits, (N, chunk_size). N being the
-    number of tokens, a chunk has 1024 classes, or as many as 8 MB of float32 logits hold.
-    Second order (`jvp` of `grad`, `grad` of `grad`) needs a copy of the kernel's gradient more.
+    Memory, beyond arguments and results, is a float32 gradient of `hidden` and two chunks of
+    logits, (N, chunk_size), N being the number of tokens. A chunk has 1024 classes, or as many
+    as 8 MB of float32 logits hold. Second order (`jvp` of `grad`, `grad` of `grad`) holds at
+    most one gradient of the kernel more.
 
-    The logits are computed twice, a fourth matmul for the sake of memory. Where the kernel is
-    so wide that it shows (D >= 1024, or 512 in half precision), the reduction a scalar, and
-    the kernel's gradient small enough (256 MB in float32), the gradients are made in the
-    forward pass instead, from 512 tokens at a time and in three matmuls: on two CPU cores, for
-    (N, D, C) of (2048, 2048, 16384), it takes 0.80 of the time of plain JAX and the other form
-    1.04; for (1024, 256, 131072) the other takes 0.88. `benchmarks/linear.py` prints such
-    ratios.
+    The logits are computed twice: a fourth matmul, for the sake of memory. Where that shows,
+    the kernel being wide (D >= 1024, or 512 in half precision), and memory allows (a float32
+    gradient of the kernel of at most 256 MB), a scalar reduction makes its gradients in the
+    forward pass instead, in three matmuls and from the logits of 512 tokens at a time. On two
+    CPU cores, float32 and (N, D, C) of (2048, 2048, 16384), that takes 0.80 of the time of the
+    loss on logits, where the other form takes 1.04. `benchmarks/linear.py` prints such ratios.
 
     Args:
       hidden: hidden states, float, (..., D); any leading shape, none too.
