@@ -347,7 +347,7 @@ def test_gradient_of_a_row_sums_to_zero(call):
 
 
 @pytest.mark.parametrize("made_forward", [False, True])
-@settings(max_examples=25, deadline=None)
+@law
 @given(head_calls(EVERY_OPTION))
 def test_head(made_forward, call):
     # Gradients in the forward pass are for wide kernels, too slow for here.

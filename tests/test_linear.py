@@ -13,7 +13,7 @@ from test_laws import gradients_in_the_forward_pass
 import jaxent
 from jaxent import reference
 
-few = settings(max_examples=10, deadline=None)
+few = settings(max_examples=6, deadline=None)
 forms = pytest.mark.parametrize("made_forward", [False, True])
 
 ROWS = [((4, 5), 1), ((7, 13), 1)]
