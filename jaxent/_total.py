@@ -105,7 +105,7 @@ def _widen(plan, gradients):
 def _blocks_pass(plan, floats, exists, index, terms):
     num_tokens = floats[0].hidden.shape[0]
     size = balance(num_tokens, BLOCK)
-    blocks = -(-num_tokens // size)
+    blocks = -(-num_tokens // max(size, 1))  # none of no tokens
 
     def of_token(x):
         return x.ndim == 2 and x.shape[0] == num_tokens
