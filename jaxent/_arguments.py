@@ -15,15 +15,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ._axes import num_shards, read_axis_names
+
 ArrayOrList = ArrayLike | Sequence[Any]
 
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def check_axis_name(axis_name) -> None:
-    names = axis_name if isinstance(axis_name, (tuple, list)) else [axis_name]
-    if axis_name is not None and not all(isinstance(name, str) for name in names):
-        raise TypeError(f"axis_name must be a string, a tuple of them or None, got {axis_name!r}")
 
 
 def check_reduction(reduction: str) -> None:
@@ -241,7 +237,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return False
 
 
-def read_hidden_and_kernel(hidden, kernel, class_axis, dtype):
+def read_hidden_and_kernel(hidden, kernel, class_axis, dtype, width_axis_name=None):
     """Both, the class axis as 0 or 1, and the dtype of their product."""
     hidden, kernel = _as_array("hidden", hidden), _as_array("kernel", kernel)
     shapes = f"hidden is {hidden.dtype}{list(hidden.shape)}, kernel {kernel.dtype}"
@@ -255,11 +251,12 @@ def read_hidden_and_kernel(hidden, kernel, class_axis, dtype):
     class_axis = read_kernel_axis(class_axis) % 2
     if hidden.ndim == 0 or kernel.ndim != 2:
         raise ValueError(f"{shapes}: they must be (..., D) and (D, C), or (C, D) with class_axis=0")
-    width, other = hidden.shape[-1], kernel.shape[1 - class_axis]
-    if width != other:
-        hint = ""
-        if width == kernel.shape[class_axis]:
-            hint = f"; if its classes are on the other axis, pass class_axis={class_axis - 1}"
+    (names,) = read_axis_names(hidden, kernel, width_axis_name=width_axis_name)
+    width, other, shards = hidden.shape[-1], kernel.shape[1 - class_axis], num_shards(names)
+    if width != other * shards:
+        hint = "" if shards == 1 else f" over {shards} shards of width_axis_name"
+        if width == kernel.shape[class_axis] * shards:
+            hint += f"; if its classes are on the other axis, pass class_axis={class_axis - 1}"
         wanted = f"[{width}, C]" if class_axis else f"[C, {width}]"
         raise ValueError(f"{shapes}: the kernel must be {wanted}{hint}")
     if kernel.shape[class_axis] == 0:
@@ -295,13 +292,12 @@ def read_head_targets(targets, hidden: Array, num_classes: int) -> Array:
 
 
 def read_bias(bias, num_classes: int, dtype) -> Array | None:
-    """A table, (1, C)."""
     if bias is None:
         return None
     bias = _as_array("bias", bias)
     if bias.shape != (num_classes,):
         raise ValueError(f"bias is {list(bias.shape)}: it must be [{num_classes}]")
-    return _real("bias", bias, dtype)[None]
+    return _real("bias", bias, dtype)
 
 
 def read_chunk_size(chunk_size) -> int | None:

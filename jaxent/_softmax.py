@@ -76,11 +76,15 @@ def _one_hot(index, x, axis):
 
 
 def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) -> Array:
-    """Each row's largest logit among the classes that exist, as a constant, (..., 1, ...)."""
+    """Each row's largest logit among the classes that exist, as a constant, (..., 1, ...).
+
+    Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes.
+    """
     x = jax.lax.stop_gradient(x).astype(compute_dtype(x))
     if exists is not None:
         x = jnp.where(exists, x, -jnp.inf)
-    return cap(softcap, jnp.max(x, axis, keepdims=True))
+    top = jnp.max(x, axis, keepdims=True)
+    return cap(softcap, jnp.maximum(top, jnp.finfo(top.dtype).min))
 
 
 def _centre(softcap, x, shift, exists):
@@ -280,13 +284,19 @@ def vary_alike(*trees):
     # A copy of a tracer compiles to nothing. JAX's custom_vjp refuses a NumPy array that
     # `vmap` maps inside `jit`; of its copy it is not aware.
     leaves = [jnp.copy(leaf) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
-    varying = [_varying_axes(leaf) for leaf in leaves]
-    union = frozenset().union(*varying)
-    leaves = [
-        jax.lax.pcast(leaf, tuple(union - axes), to="varying") if axes != union else leaf
-        for leaf, axes in zip(leaves, varying)
-    ]
-    return jax.tree.unflatten(structure, leaves)
+    union = frozenset().union(*map(_varying_axes, leaves))
+    return jax.tree.unflatten(structure, [_vary(leaf, union) for leaf in leaves])
+
+
+def vary_like(x: Array, tree):
+    """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
+    axes = _varying_axes(x)
+    return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+
+
+def _vary(x, axes):
+    missing = tuple(axes - _varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _varying_axes(x: Array) -> frozenset:

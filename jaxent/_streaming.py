@@ -27,7 +27,17 @@ from ._chunks import (
     scatter_slice,
     zero_gradients,
 )
-from ._softmax import RowSums, cap, compute_dtype, pick, product, times, unless_lost, vary_alike
+from ._softmax import (
+    RowSums,
+    cap,
+    compute_dtype,
+    pick,
+    product,
+    times,
+    unless_lost,
+    vary_alike,
+    vary_like,
+)
 
 
 def head_sums(
@@ -128,6 +138,7 @@ def sums_pass(plan, head, exists, index, keep=False):
     # Below all logits, and finite: -inf - -inf is NaN.
     lowest = zeros + jnp.finfo(dtype).min
     init = (lowest, *(zeros,) * 5, jnp.zeros(zeros.shape, jnp.int32))
+    init = vary_like(head.hidden, init)
     carry, kept = jax.lax.scan(step, init, chunk_numbers(plan, head))
     shift, total, moment, picked, mass_sum, target_sum, best = carry
     log_sum = jnp.log(total)
@@ -173,7 +184,8 @@ def _sums_jvp(plan, primals, tangents):
         return jax.tree.map(jnp.add, d_sums, part), None
 
     steps = chunk_numbers(plan, head)
-    d_sums, _ = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, sums), steps)
+    zeros = vary_like(head.hidden, jax.tree.map(jnp.zeros_like, sums))
+    d_sums, _ = jax.lax.scan(step, zeros, steps)
     if plan.stats:
         slope = jnp.where(jnp.isfinite(sums.entropy), 1 - sums.entropy, 0)
         d_sums = d_sums._replace(entropy=d_sums.entropy + slope * d_sums.log_sum)

@@ -23,6 +23,7 @@ from ._arguments import (
     read_targets,
     read_weight,
 )
+from ._axes import Names, local_index, num_shards, psum
 from ._softmax import along, compute_dtype, pick, times, unless_zero
 
 
@@ -32,6 +33,7 @@ from ._softmax import along, compute_dtype, pick, times, unless_zero
     data_fields=[
         "exists",
         "index",
+        "here",
         "picked_weight",
         "mass",
         "sample_weight",
@@ -50,6 +52,7 @@ class Rows:
     axis: int
     exists: Array | None  # bool, of the logits' shape or a table; None where all exist
     index: Array | None  # int32, -1 if out of range; None for probabilities
+    here: Array | None  # the same relative to this shard's classes; -1 for other shards' too
     picked_weight: Array | None
     mass: Partial | None  # exists -> (..., C, ...), broadcastable to the logits
     sample_weight: Array  # 0 for examples that are not counted
@@ -68,15 +71,18 @@ def read_rows(
     axis=None,
     sample_weight=None,
     class_mask=None,
+    classes: Names = (),
 ) -> Rows:
     """Check the arguments of a loss and read off what they say.
 
-    Of the logits, called `name`, only shape and dtype are asked.
+    Of the logits, called `name`, only shape and dtype are asked. `classes` are the mapped axes
+    over which their classes are split.
     """
     targets = read_targets(targets)
     axis = read_class_axis(axis, logits, targets, name)
     dtype = compute_dtype(logits)
     ndim, num_classes = logits.ndim, logits.shape[axis]
+    all_classes = num_classes * num_shards(classes)
     per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
     exists = read_class_mask(class_mask, logits, axis, name)
     weight = read_weight(weight, num_classes, dtype)
@@ -84,19 +90,19 @@ def read_rows(
     ignore_index = read_ignore_index(ignore_index, targets)
     smoothing = read_label_smoothing(label_smoothing, dtype)
     sample_weight = jnp.expand_dims(read_sample_weight(sample_weight, per_example, dtype), axis)
-    share = jnp.full((1,) * ndim, 1 / num_classes, dtype)
+    share = jnp.full((1,) * ndim, 1 / all_classes, dtype)
     if exists is not None:
         # A row without classes is not counted; with all of them, it is at least finite.
-        empty = ~jnp.any(exists, axis, keepdims=True)
-        sample_weight = jnp.where(empty, 0, sample_weight)
-        exists |= empty
-        share = 1 / jnp.sum(exists, axis, keepdims=True).astype(dtype)
+        exists, count = read_existing(exists, axis, classes)
+        sample_weight = jnp.where(count == 0, 0, sample_weight)
+        share = 1 / jnp.where(count == 0, all_classes, count).astype(dtype)
 
     if jnp.issubdtype(targets.dtype, jnp.floating):
         return Rows(
             axis=axis,
             exists=exists,
             index=None,
+            here=None,
             picked_weight=None,
             mass=Partial(_mass, targets, sample_weight, smoothing, share, weight),
             sample_weight=sample_weight,
@@ -105,16 +111,17 @@ def read_rows(
         )
 
     targets = jnp.expand_dims(targets, axis)
-    index, ignored = read_indices(targets, num_classes, ignore_index)
+    index, ignored = read_indices(targets, all_classes, ignore_index)
+    here = local_index(index, num_classes, classes)
     # Out of range and of weight 0 is not counted either, and has no loss to derive.
     sample_weight = jnp.where(ignored | (index < 0) & (sample_weight == 0), 0, sample_weight)
     outside = (index < 0) & (sample_weight != 0)
-    _check_in_range(targets, outside, num_classes)
+    _check_in_range(targets, outside, all_classes)
     picked_weight, denominator = jnp.ones_like(sample_weight), sample_weight
     if weight is not None:
-        chosen = pick(weight, index, axis)
+        chosen = pick_weight(weight, here, axis, classes)
         # Out of range: the NaN reaches all classes' weights; `mean` counts the example as 1.
-        picked_weight = jnp.where(index < 0, jnp.sum(weight), chosen)
+        picked_weight = jnp.where(index < 0, psum(jnp.sum(weight), classes), chosen)
         picked_weight = unless_zero(sample_weight, picked_weight)
         denominator = times(sample_weight, jnp.where(index < 0, 1, chosen))
     if smoothing is not None:
@@ -123,6 +130,7 @@ def read_rows(
         axis=axis,
         exists=exists,
         index=index,
+        here=here,
         picked_weight=picked_weight,
         mass=None if smoothing is None else Partial(_mass, None, None, smoothing, share, weight),
         sample_weight=sample_weight,
@@ -130,6 +138,18 @@ def read_rows(
         scale=sample_weight * jnp.where(outside, jnp.nan, 1).astype(dtype),
         denominator=denominator,
     )
+
+
+def read_existing(exists, axis, classes: Names = ()):
+    """Which classes exist, all of them in a row that has none; and how many they were."""
+    count = psum(jnp.sum(exists, axis, keepdims=True), classes)
+    return exists | (count == 0), count
+
+
+def pick_weight(weight, here, axis, classes: Names):
+    """The class weight of each row's target; any value for an index out of range."""
+    chosen = pick(weight, here, axis)
+    return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
 
 
 def _mass(targets, sample_weight, smoothing, share, weight, exists):

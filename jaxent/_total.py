@@ -25,7 +25,7 @@ from ._chunks import (
     take_slice,
     zero_gradients,
 )
-from ._softmax import RowSums, compute_dtype, vary_alike
+from ._softmax import RowSums, compute_dtype, vary_alike, vary_like
 from ._streaming import head_sums, streamed_sums, sums_pass
 
 # Tokens. With chunks of 1024 classes, the fastest of 128, 256, 512 and 1024 for (2048, 2048,
@@ -149,5 +149,5 @@ def _blocks_pass(plan, floats, exists, index, terms):
         return (total + value, (d_head._replace(kernel=kernel), d_rows)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), floats)
-    init = jnp.zeros((), compute_dtype(plan)), zeros
+    init = vary_like(floats[0].hidden, (jnp.zeros((), compute_dtype(plan)), zeros))
     return jax.lax.scan(step, init, jnp.arange(blocks, dtype=jnp.int32))[0]

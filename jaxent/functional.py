@@ -29,13 +29,19 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
-from ._reduction import AxisName, reduce, total
-from ._softmax import RowSums, along, compute_dtype, pick, row_max, row_sums, times
-from ._targets import Rows, read_indices, read_rows
+from ._axes import AxisName, local_index, num_shards, read_axis_names
+from ._reduction import reduce, total
+from ._shards import whole_rows
+from ._softmax import RowSums, along, compute_dtype, row_max, row_sums, times
+from ._targets import Rows, pick_weight, read_existing, read_indices, read_rows
 
 
 def log_softmax(
-    logits: ArrayOrList, axis: int = -1, *, class_mask: ArrayOrList | None = None
+    logits: ArrayOrList,
+    axis: int = -1,
+    *,
+    class_mask: ArrayOrList | None = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     r"""Logarithm of the softmax over the class axis.
 
@@ -46,6 +52,8 @@ def log_softmax(
       axis: the class axis.
       class_mask: bool; classes that are False do not exist and get -inf. (C,) lies along
         the class axis; otherwise it has the dimensions of the logits and broadcasts.
+      class_axis_name: mapped axis or axes over which classes are split; `logits` and
+        `class_mask` are this shard's, and so is what is returned.
 
     Returns:
       Array of the shape and dtype of `logits`, half precision being computed in float32.
@@ -61,12 +69,14 @@ def log_softmax(
       Array([-2., -2., -2., -2.], dtype=float32)
     """
     logits = read_logits(logits, "logits")
+    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
     axis = read_axis(axis, logits.ndim, "logits")
     exists = read_class_mask(class_mask, logits, axis, "logits")
     x = logits.astype(compute_dtype(logits))
-    finite = None if exists is None else exists | ~jnp.any(exists, axis, keepdims=True)
+    finite = None if exists is None else read_existing(exists, axis, classes)[0]
     shift = row_max(axis, None, x, finite)
     sums = row_sums(axis, None, x, shift, finite, None, None)
+    shift, sums = whole_rows(shift, sums, None, None, False, classes)
     log_probs = x - shift - sums.log_sum
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
@@ -83,6 +93,7 @@ def nll(
     axis: int | None = None,
     sample_weight: ArrayOrList | None = None,
     axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     r"""Negative log-likelihood of targets under given log-probabilities.
 
@@ -94,8 +105,8 @@ def nll(
 
     Args:
       log_probs: log-probabilities, float, (..., C, ...).
-      targets, weight, ignore_index, reduction, axis, sample_weight, axis_name: as in
-        `cross_entropy`.
+      targets, weight, ignore_index, reduction, axis, sample_weight, axis_name,
+        class_axis_name: as in `cross_entropy`.
 
     Returns:
       As `cross_entropy`.
@@ -112,6 +123,9 @@ def nll(
     """
     check_reduction(reduction)
     log_probs = read_logits(log_probs, "log_probs")
+    examples, classes = read_axis_names(
+        log_probs, axis_name=axis_name, class_axis_name=class_axis_name
+    )
     rows = read_rows(
         log_probs,
         targets,
@@ -120,9 +134,11 @@ def nll(
         ignore_index=ignore_index,
         axis=axis,
         sample_weight=sample_weight,
+        classes=classes,
     )
-    sums = row_sums(rows.axis, None, log_probs, None, None, rows.index, rows.mass)
-    return reduce(loss_terms(rows, None, None, sums), rows.axis, reduction, axis_name)
+    sums = row_sums(rows.axis, None, log_probs, None, None, rows.here, rows.mass)
+    _, sums = whole_rows(None, sums, rows.index, rows.here, rows.sample_weight == 0, classes)
+    return reduce(loss_terms(rows, None, None, sums), rows.axis, reduction, examples)
 
 
 def cross_entropy(
@@ -139,6 +155,7 @@ def cross_entropy(
     z_loss: ArrayLike = 0.0,
     softcap: float | None = None,
     axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     r"""Softmax cross-entropy between logits and class indices or class probabilities.
 
@@ -180,6 +197,9 @@ def cross_entropy(
       softcap: logits become softcap * tanh(logits / softcap), before `class_mask`.
       axis_name: mapped axis or axes over which examples are split; "sum" and "mean" are
         those of the whole.
+      class_axis_name: mapped axis or axes over which classes are split. What has a class
+        axis (logits, probabilities, weight, class_mask) is this shard's; class indices are
+        those of the whole. On a mesh that `jit` splits arrays over, neither is needed.
 
     Returns:
       float32, float64 for float64 logits: a scalar, or for "none" the per-example shape.
@@ -205,6 +225,9 @@ def cross_entropy(
     check_reduction(reduction)
     softcap = read_softcap(softcap)
     logits = read_logits(logits, "logits")
+    examples, classes = read_axis_names(
+        logits, axis_name=axis_name, class_axis_name=class_axis_name
+    )
     rows = read_rows(
         logits,
         targets,
@@ -215,11 +238,14 @@ def cross_entropy(
         axis=axis,
         sample_weight=sample_weight,
         class_mask=class_mask,
+        classes=classes,
     )
     shift = row_max(rows.axis, softcap, logits, rows.exists)
-    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.index, rows.mass)
+    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.here, rows.mass)
+    uncounted = rows.sample_weight == 0
+    shift, sums = whole_rows(shift, sums, rows.index, rows.here, uncounted, classes)
     terms = loss_terms(rows, read_z_loss(z_loss, shift.dtype), shift, sums)
-    return reduce(terms, rows.axis, reduction, axis_name)
+    return reduce(terms, rows.axis, reduction, examples)
 
 
 def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowSums):
@@ -252,6 +278,7 @@ def total_weight(
     ignore_index: int | None = -100,
     sample_weight: ArrayOrList | None = None,
     axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     r"""What the mean of `cross_entropy` divides by, for class indices: :math:`\sum s_i w_{y_i}`.
 
@@ -262,8 +289,8 @@ def total_weight(
     Args:
       targets: class indices, any integer dtype and shape. (For class probabilities the mean
         divides by the sum of the sample weights.)
-      weight, ignore_index, sample_weight, axis_name: as in `cross_entropy`. A target
-        outside [0, C) counts with weight 1; its loss is NaN. Examples that a `class_mask`
+      weight, ignore_index, sample_weight, axis_name, class_axis_name: as in
+        `cross_entropy`; class axes concern the weights alone. A target outside [0, C) counts with weight 1; its loss is NaN. Examples that a `class_mask`
         leaves without a class do not count: give them a sample weight of 0 here.
 
     Returns:
@@ -280,13 +307,17 @@ def total_weight(
       Array(1.5, dtype=float32)
     """
     targets = read_index_targets(targets)
+    examples, classes = read_axis_names(
+        targets, axis_name=axis_name, class_axis_name=class_axis_name
+    )
     dtype = compute_dtype(*(jnp.asarray(w) for w in (weight, sample_weight) if w is not None))
     weights = read_weight(weight, None, dtype)
-    num_classes = None if weights is None else weights.size
-    index, ignored = read_indices(targets, num_classes, read_ignore_index(ignore_index))
+    all_classes = None if weights is None else weights.size * num_shards(classes)
+    index, ignored = read_indices(targets, all_classes, read_ignore_index(ignore_index))
     scale = read_sample_weight(sample_weight, targets.shape, dtype)
     if weights is not None:
         index = index[..., None]
-        chosen = jnp.where(index < 0, 1, pick(along(-1, index.ndim, weights), index, -1))
-        scale = times(scale, chosen[..., 0])
-    return total(jnp.where(ignored, 0, scale), axis_name)
+        here = local_index(index, weights.size, classes)
+        chosen = pick_weight(along(-1, index.ndim, weights), here, -1, classes)
+        scale = times(scale, jnp.where(index < 0, 1, chosen)[..., 0])
+    return total(jnp.where(ignored, 0, scale), examples)

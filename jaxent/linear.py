@@ -27,9 +27,12 @@ from ._arguments import (
     read_softcap,
     read_z_loss,
 )
+from ._axes import AxisName, flat_names, local_index, psum
 from ._chunks import Head, Plan, choose_chunk
+from ._mesh import Layout, on_shards, read_layout
 from ._reduction import reduce
-from ._softmax import compute_dtype
+from ._shards import whole_best, whole_rows
+from ._softmax import along, compute_dtype
 from ._streaming import head_sums
 from ._targets import Rows, read_rows
 from ._total import head_total
@@ -61,6 +64,9 @@ def linear_cross_entropy(
     class_mask: ArrayOrList | None = None,
     z_loss: ArrayLike = 0.0,
     softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    width_axis_name: AxisName = None,
 ) -> Array:
     r"""Cross-entropy of a linear classifier, without ever holding its logits.
 
@@ -119,7 +125,7 @@ def linear_cross_entropy(
       "Liger Kernel", 2024 (gradients in the forward pass).
     """
     check_reduction(reduction)
-    plan, head, rows, shape = read_head(
+    plan, head, rows, layout = read_head(
         hidden,
         kernel,
         targets,
@@ -129,6 +135,9 @@ def linear_cross_entropy(
         precision=precision,
         chunk_size=chunk_size,
         softcap=softcap,
+        axis_name=axis_name,
+        class_axis_name=class_axis_name,
+        width_axis_name=width_axis_name,
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -136,31 +145,73 @@ def linear_cross_entropy(
         class_mask=class_mask,
     )
     coefficient = read_z_loss(z_loss, compute_dtype(plan))
-    if reduction != "none" and _made_forward(plan, head):
-        divisors = []
-        if reduction == "mean":
-            totals = jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)
-            divisors = [jnp.where(total == 0, 1, total) for total in totals]
-        floats = (
-            dataclasses.replace(rows, exists=None, index=None, mass=None),
-            coefficient,
-            divisors,
-        )
-        return head_total(plan, _divided_terms, head, floats, rows.exists, rows.index)
-    shift, sums, _ = head_sums(plan, head, rows.exists, rows.index)
-    loss = reduce(loss_terms(rows, coefficient, shift, sums), rows.axis, reduction, None)
-    return loss.reshape(shape) if reduction == "none" else loss
+    if reduction != "none" and _made_forward(plan, head, layout):
+        return _total(plan, head, rows, coefficient, reduction, layout)
+    shift, sums, _ = rows_of_head(plan, head, rows, layout)
+    terms = loss_terms(rows, coefficient, shift, sums)
+    return reduce(terms, rows.axis, reduction, layout.examples)
 
 
-def _made_forward(plan: Plan, head: Head) -> bool:
+def _made_forward(plan: Plan, head: Head, layout: Layout) -> bool:
+    """Whether gradients are made forward: a loop over tokens, which must be this device's own."""
     bits = jnp.finfo(plan.dtype).bits
-    return 4 * head.kernel.size <= ACCUMULATOR and head.hidden.shape[1] >= WIDTH[bits]
+    small = 4 * head.kernel.size <= ACCUMULATOR and head.hidden.shape[-1] >= WIDTH[bits]
+    return small and layout.alone and not layout.classes and not layout.width
+
+
+def _total(plan, head, rows, z_loss, reduction, layout):
+    divisors = []
+    if reduction == "mean":
+        totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
+        divisors = [jnp.where(total == 0, 1, total) for total in totals]
+    floats = dataclasses.replace(rows, exists=None, index=None, here=None, mass=None)
+    rest = head[2:], (floats, z_loss, divisors), rows.exists, rows.index
+
+    def local(hidden, kernel, rest):
+        others, floats, exists, index = jax.tree.map(_in_a_row, rest)
+        head, fitted = _local(plan, hidden, kernel, others)
+        total = head_total(fitted, _divided_terms, head, floats, exists, index)
+        return psum(total, flat_names(layout.tokens))
+
+    total = on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest, scalar=True)
+    return psum(total, layout.examples)
 
 
 def _divided_terms(floats, shift, sums):
     rows, z_loss, divisors = floats
     numerators = [numerator for numerator, _ in loss_terms(rows, z_loss, shift, sums)]
     return sum(n / d for n, d in zip(numerators, divisors)) if divisors else sum(numerators)
+
+
+def _local(plan, hidden, kernel, others) -> tuple[Head, Plan]:
+    """A device's head, its tokens in a row, and the plan with chunks of its classes."""
+    head = Head(_in_a_row(hidden), kernel, *others)
+    num_classes = kernel.shape[plan.class_axis]
+    chunk = plan.chunk or choose_chunk(head.hidden.shape[0], num_classes)
+    return head, dataclasses.replace(plan, chunk=min(chunk, num_classes))
+
+
+def _in_a_row(x: Array) -> Array:
+    """(..., D) as (N, D)."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim else x
+
+
+def rows_of_head(plan: Plan, head: Head, rows: Rows, layout: Layout):
+    """Shift, sums and most probable class of each token, (..., 1)."""
+    rest = head[2:], rows.exists, rows.index, rows.sample_weight == 0
+
+    def local(hidden, kernel, rest):
+        others, exists, index, uncounted = jax.tree.map(_in_a_row, rest)
+        head, fitted = _local(plan, hidden, kernel, others)
+        num_classes, names = kernel.shape[plan.class_axis], layout.classes
+        here = None if index is None else local_index(index, num_classes, names)
+        shift, sums, best = head_sums(fitted, head, exists, here)
+        top, sums = whole_rows(shift, sums, index, here, uncounted, names)
+        if best is not None:
+            best = whole_best(shift, top, best, num_classes, names)
+        return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
+
+    return on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
 
 
 def read_head(
@@ -174,35 +225,38 @@ def read_head(
     precision,
     chunk_size,
     softcap,
+    axis_name,
+    class_axis_name,
+    width_axis_name,
     stats=False,
     **keywords,
-) -> tuple[Plan, Head, Rows, tuple[int, ...]]:
-    """Check the arguments of a head, its tokens in a row, and their shape before."""
-    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype)
+) -> tuple[Plan, Head, Rows, Layout]:
+    """Check the arguments of a head, and read off what they say."""
+    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(
+        hidden, kernel, class_axis, dtype, width_axis_name
+    )
     num_classes = kernel.shape[class_axis]
-    shape = hidden.shape[:-1]
-    logits = jax.ShapeDtypeStruct((*shape, num_classes), dtype)
+    layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
     rows = read_rows(
-        logits,
+        jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), dtype),
         read_head_targets(targets, hidden, num_classes),
         name="logits",
         axis=-1,
+        classes=layout.classes if layout.mesh is None else (),
         **keywords,
     )
-    # Each leaf is a scalar, or has the logits' dimensions.
-    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]) if x.ndim else x, rows)
-    rows = dataclasses.replace(rows, axis=1)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
     finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
     hidden = jnp.where((rows.sample_weight == 0) & ~finite, 0, hidden)
-    chunk_size = read_chunk_size(chunk_size) or choose_chunk(hidden.shape[0], num_classes)
     plan = Plan(
         class_axis=class_axis,
-        chunk=min(chunk_size, num_classes),
+        chunk=read_chunk_size(chunk_size),
         dtype=dtype,
         precision=precision,
         softcap=read_softcap(softcap),
         stats=stats,
+        width=layout.width,
     )
-    head = Head(hidden, kernel, read_bias(bias, num_classes, compute_dtype(plan)), rows.mass)
-    return plan, head, rows, shape
+    bias = read_bias(bias, num_classes, compute_dtype(plan))
+    if bias is not None:
+        bias = along(-1, hidden.ndim, bias)
+    return plan, Head(hidden, kernel, bias, rows.mass), rows, layout

@@ -26,7 +26,6 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import (
     ArrayOrList,
     check_axis,
-    check_axis_name,
     check_class_mask,
     check_reduction,
     read_chunk_size,
@@ -38,7 +37,7 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
-from ._reduction import AxisName
+from ._axes import AxisName, check_axis_name
 from .functional import cross_entropy, nll
 from .linear import linear_cross_entropy
 
@@ -59,12 +58,15 @@ class _Loss(nnx.Pytree):
         self.ignore_index = read_ignore_index(ignore_index)
         self.reduction = reduction
 
-    def _set_axes(self, axis, axis_name) -> None:
-        check_axis_name(axis_name)
+    def _set_axis(self, axis) -> None:
         if axis is not None:
             check_axis(axis)
         self.axis = axis
-        self.axis_name = _hashable(axis_name)
+
+    def _set_names(self, **names) -> None:
+        for argument, axis_name in names.items():
+            check_axis_name(argument, axis_name)
+            setattr(self, argument, tuple(axis_name) if isinstance(axis_name, list) else axis_name)
 
     def _set_softmax(self, label_smoothing, class_mask, z_loss, softcap) -> None:
         read_label_smoothing(label_smoothing)
@@ -92,7 +94,7 @@ class NLLLoss(_Loss):
     """`jaxent.nll` as an object.
 
     Args:
-      weight, ignore_index, reduction, axis, axis_name: as in `jaxent.nll`.
+      weight, ignore_index, reduction, axis, axis_name, class_axis_name: as in `jaxent.nll`.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.nll` takes.
@@ -115,9 +117,11 @@ class NLLLoss(_Loss):
         reduction: str = "mean",
         axis: int | None = None,
         axis_name: AxisName = None,
+        class_axis_name: AxisName = None,
     ):
         self._set_shared(weight, ignore_index, reduction)
-        self._set_axes(axis, axis_name)
+        self._set_axis(axis)
+        self._set_names(axis_name=axis_name, class_axis_name=class_axis_name)
 
     def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
@@ -130,7 +134,7 @@ class CrossEntropyLoss(_Loss):
 
     Args:
       weight, ignore_index, reduction, label_smoothing, axis, class_mask, z_loss, softcap,
-        axis_name: as in `jaxent.cross_entropy`.
+        axis_name, class_axis_name: as in `jaxent.cross_entropy`.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.cross_entropy` takes.
@@ -158,9 +162,11 @@ class CrossEntropyLoss(_Loss):
         z_loss: ArrayLike = 0.0,
         softcap: float | None = None,
         axis_name: AxisName = None,
+        class_axis_name: AxisName = None,
     ):
         self._set_shared(weight, ignore_index, reduction)
-        self._set_axes(axis, axis_name)
+        self._set_axis(axis)
+        self._set_names(axis_name=axis_name, class_axis_name=class_axis_name)
         self._set_softmax(label_smoothing, class_mask, z_loss, softcap)
 
     def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
@@ -174,7 +180,8 @@ class LinearCrossEntropyLoss(_Loss):
 
     Args:
       class_axis, dtype, precision, chunk_size, weight, ignore_index, reduction,
-        label_smoothing, class_mask, z_loss, softcap: as in `jaxent.linear_cross_entropy`.
+        label_smoothing, class_mask, z_loss, softcap, axis_name, class_axis_name,
+        width_axis_name: as in `jaxent.linear_cross_entropy`.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.linear_cross_entropy` takes.
@@ -204,6 +211,9 @@ class LinearCrossEntropyLoss(_Loss):
         class_mask: ArrayOrList | None = None,
         z_loss: ArrayLike = 0.0,
         softcap: float | None = None,
+        axis_name: AxisName = None,
+        class_axis_name: AxisName = None,
+        width_axis_name: AxisName = None,
     ):
         self.class_axis = read_kernel_axis(class_axis)
         self.dtype = read_dtype(dtype)
@@ -211,6 +221,9 @@ class LinearCrossEntropyLoss(_Loss):
         self.chunk_size = read_chunk_size(chunk_size)
         self._set_shared(weight, ignore_index, reduction)
         self._set_softmax(label_smoothing, class_mask, z_loss, softcap)
+        self._set_names(
+            axis_name=axis_name, class_axis_name=class_axis_name, width_axis_name=width_axis_name
+        )
 
     def __call__(
         self, hidden: ArrayOrList, kernel: ArrayOrList, targets: ArrayOrList, **keywords: Any
@@ -233,10 +246,6 @@ def _number_or_array(value):
     if isinstance(value, np.generic):
         value = value.item()
     return value if isinstance(value, (int, float)) else _array(value)
-
-
-def _hashable(axis_name):
-    return axis_name if axis_name is None or isinstance(axis_name, str) else tuple(axis_name)
 
 
 def _differs(value, default):

@@ -15,10 +15,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ._arguments import ArrayOrList, read_index_targets, read_logits, read_softcap
+from ._axes import AxisName, read_axis_names
+from ._shards import whole_best, whole_rows
 from ._softmax import RowSums, cap, compute_dtype, row_max, row_sums
-from ._streaming import head_sums
 from ._targets import Rows, read_rows
-from .linear import PrecisionLike, read_head
+from .linear import PrecisionLike, read_head, rows_of_head
 
 WANTED = "the statistics are of one class a token, given as an index"
 
@@ -41,6 +42,7 @@ def token_stats(
     axis: int | None = None,
     class_mask: ArrayOrList | None = None,
     softcap: float | None = None,
+    class_axis_name: AxisName = None,
 ) -> TokenStats:
     r"""What each token's logits x say, given its target y:
 
@@ -58,7 +60,7 @@ def token_stats(
     Args:
       logits: float array, (..., C, ...). Half precision is computed in float32.
       targets: class indices, integers, the shape of the logits without the class axis.
-      ignore_index, axis, class_mask, softcap: as in `jaxent.cross_entropy`.
+      ignore_index, axis, class_mask, softcap, class_axis_name: as in `jaxent.cross_entropy`.
 
     Returns:
       `TokenStats`, a named tuple of arrays of the targets' shape; floats are float32, float64
@@ -76,6 +78,7 @@ def token_stats(
       (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
     """
     logits = read_logits(logits, "logits")
+    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
     softcap = read_softcap(softcap)
     targets = read_index_targets(targets, WANTED)
     rows = read_rows(
@@ -85,15 +88,18 @@ def token_stats(
         ignore_index=ignore_index,
         axis=axis,
         class_mask=class_mask,
+        classes=classes,
     )
     shift = row_max(rows.axis, softcap, logits, rows.exists)
-    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.index, None, entropy=True)
+    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.here, None, entropy=True)
     # Of the capped logits, where the cap makes equals of different ones.
     scores = cap(softcap, logits.astype(compute_dtype(logits)))
     if rows.exists is not None:
         scores = jnp.where(rows.exists, scores, -jnp.inf)
-    prediction = jnp.argmax(jax.lax.stop_gradient(scores), rows.axis, keepdims=True)
-    return _stats(rows, shift, sums, prediction, targets.shape)
+    best = jnp.argmax(jax.lax.stop_gradient(scores), rows.axis, keepdims=True)
+    top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.sample_weight == 0, classes)
+    prediction = whole_best(shift, top, best, logits.shape[rows.axis], classes)
+    return _stats(rows, top, sums, prediction)
 
 
 def linear_token_stats(
@@ -109,6 +115,9 @@ def linear_token_stats(
     ignore_index: int | None = -100,
     class_mask: ArrayOrList | None = None,
     softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    width_axis_name: AxisName = None,
 ) -> TokenStats:
     """`token_stats` of a linear classifier's logits, which are never held.
 
@@ -116,7 +125,8 @@ def linear_token_stats(
 
     Args:
       hidden, kernel, bias, class_axis, dtype, precision, chunk_size, ignore_index,
-        class_mask, softcap: as in `jaxent.linear_cross_entropy`.
+        class_mask, softcap, axis_name, class_axis_name, width_axis_name: as in
+        `jaxent.linear_cross_entropy`.
       targets: class indices, integers, (...).
 
     Returns:
@@ -132,7 +142,7 @@ def linear_token_stats(
       >>> stats.log_prob.round(4), stats.prediction
       (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
     """
-    plan, head, rows, shape = read_head(
+    plan, head, rows, layout = read_head(
         hidden,
         kernel,
         read_index_targets(targets, WANTED),
@@ -142,14 +152,17 @@ def linear_token_stats(
         precision=precision,
         chunk_size=chunk_size,
         softcap=softcap,
+        axis_name=axis_name,
+        class_axis_name=class_axis_name,
+        width_axis_name=width_axis_name,
         class_mask=class_mask,
         ignore_index=ignore_index,
         stats=True,
     )
-    return _stats(rows, *head_sums(plan, head, rows.exists, rows.index), shape)
+    return _stats(rows, *rows_of_head(plan, head, rows, layout))
 
 
-def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array, shape) -> TokenStats:
+def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
     counted = rows.sample_weight != 0
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
     shift, sums = jax.tree.map(lambda values: jnp.where(counted, values, 0), (shift, sums))
@@ -161,4 +174,4 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array, shape) ->
         prediction=prediction,
         correct=counted & (prediction == rows.index),
     )
-    return jax.tree.map(lambda values: values.reshape(shape), stats)
+    return jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)

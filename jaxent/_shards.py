@@ -1,0 +1,80 @@
+"""Rows whose classes are split over mapped axes: a shard's sums, put together.
+
+Each shard has sums over its own classes, relative to its own shift s_i. With M the largest
+shift and d_i = s_i - M, those of the whole row are
+
+    log_sum    = log(sum_i exp(log_sum_i + d_i))
+    entropy    = log_sum + sum_i P_i * (entropy_i - log_sum_i - d_i),  P_i the shard's probability
+    picked     = picked_i + d_i of the shard that has the class
+    target_sum = sum_i target_sum_i + d_i * mass_sum_i
+
+Nothing but these, a few numbers a row, is sent; and in the backward pass nothing at all.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ._axes import Names, first_class, psum
+from ._softmax import RowSums, times
+
+
+def whole_rows(
+    shift: Array | None,
+    sums: RowSums,
+    index: Array | None,
+    here: Array | None,
+    uncounted: Array | bool,
+    names: Names,
+) -> tuple[Array | None, RowSums]:
+    """Shift and sums of whole rows.
+
+    Args:
+      shift, sums: of this shard's classes, (..., 1, ...); without shift, of log-probabilities.
+      index: class indices, < 0 for none.
+      here: the same, relative to this shard's classes; < 0 for none, and for other shards'.
+      uncounted: which rows the loss does not count. They may hold anything.
+      names: the mapped axes; () if rows are whole already.
+    """
+    if not names:
+        return shift, sums
+    top, change = None, jnp.zeros(())
+    if shift is not None:
+        top = jax.lax.pmax(jax.lax.stop_gradient(shift), names)
+        change = shift - top
+    parts = {}
+    if sums.log_sum is not None:
+        log_sum = sums.log_sum + change
+        parts["log_sum"] = jnp.exp(_mute(uncounted & ~(log_sum < jnp.inf), log_sum))
+        if sums.entropy is not None:
+            # Without derivative in any uncounted row: statistics have no sample weights.
+            distance = _mute(uncounted, sums.entropy - log_sum)
+            parts["entropy"] = times(_mute(uncounted, parts["log_sum"]), distance)
+    if index is not None:
+        # An index that no shard has is left, for its NaN to reach the row's gradient.
+        parts["picked"] = jnp.where((here < 0) & (index >= 0), 0, sums.picked + change)
+    if sums.mass_sum is not None:
+        parts["mass_sum"] = sums.mass_sum
+        parts["target_sum"] = sums.target_sum + times(sums.mass_sum, change)
+    whole = psum(parts, names)
+    if sums.log_sum is not None:
+        total = whole["log_sum"]
+        total = _mute(uncounted & ~((total > 0) & (total < jnp.inf)), total)
+        whole["log_sum"] = jnp.log(total)
+        if sums.entropy is not None:
+            whole["entropy"] = whole["log_sum"] + whole["entropy"] / _mute(uncounted, total)
+    return top, RowSums(**whole)
+
+
+def whole_best(shift: Array, top: Array, best: Array, num_classes: int, names: Names) -> Array:
+    """The most probable class of whole rows, the first of equals, of each shard's own."""
+    if not names:
+        return best
+    best = best.astype(jnp.int32) + first_class(num_classes, names)
+    largest = (shift == top) | jnp.isnan(shift)
+    return jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
+
+
+def _mute(where, values):
+    """The same values, without derivative where it would be 0 * inf."""
+    return jnp.where(where, jax.lax.stop_gradient(values), values)
