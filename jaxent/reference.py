@@ -32,23 +32,30 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
+from ._axes import first_class, num_shards, psum, read_axis_names
 from ._reduction import total
 from ._softmax import along, compute_dtype, times, unless_zero
 from ._targets import read_indices
 from .stats import WANTED, TokenStats
 
 
-def log_softmax(logits, axis=-1, *, class_mask=None) -> Array:
+def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Array:
     """x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
-    logits = read_logits(logits, "logits")
+    part = logits = read_logits(logits, "logits")
+    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
     axis = read_axis(axis, logits.ndim, "logits")
-    exists = read_class_mask(class_mask, logits, axis, "logits")
+    logits, exists = _whole(
+        classes, axis, logits, read_class_mask(class_mask, logits, axis, "logits")
+    )
     x = logits.astype(compute_dtype(logits))
     if exists is not None:
         x = jnp.where(exists, x, -jnp.inf)
     log_probs = _log_probs(x, axis)[0]
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
+    if classes:
+        size = part.shape[axis]
+        log_probs = jax.lax.dynamic_slice_in_dim(log_probs, first_class(size, classes), size, axis)
     return log_probs.astype(logits.dtype)
 
 
@@ -62,17 +69,26 @@ def nll(
     axis=None,
     sample_weight=None,
     axis_name=None,
+    class_axis_name=None,
 ) -> Array:
     """-sum_c w_c t_c log p_c, t one-hot for class indices, reduced."""
-    x, _, t, s, w, mean_weight, poison = _read(
-        "log_probs", log_probs, targets, weight, ignore_index, axis, sample_weight
+    x, _, t, s, w, mean_weight, poison, examples = _read(
+        "log_probs",
+        log_probs,
+        targets,
+        weight,
+        ignore_index,
+        axis,
+        sample_weight,
+        axis_name=axis_name,
+        class_axis_name=class_axis_name,
     )
 
     def per_example(x):
         return -jnp.sum(times(times(t, w), x), -1), 0
 
     loss, _ = _hide_uncounted(per_example, x, s)
-    return _reduce(loss * poison, 0, None, s, mean_weight, reduction, axis_name)
+    return _reduce(loss * poison, 0, None, s, mean_weight, reduction, examples)
 
 
 def cross_entropy(
@@ -89,10 +105,20 @@ def cross_entropy(
     z_loss=0.0,
     softcap=None,
     axis_name=None,
+    class_axis_name=None,
 ) -> Array:
     """-sum_c w_c q_c log p_c + z * lse^2, q = (1 - eps) * t + eps / C, reduced."""
-    x, exists, t, s, w, mean_weight, poison = _read(
-        "logits", logits, targets, weight, ignore_index, axis, sample_weight, class_mask
+    x, exists, t, s, w, mean_weight, poison, examples = _read(
+        "logits",
+        logits,
+        targets,
+        weight,
+        ignore_index,
+        axis,
+        sample_weight,
+        class_mask,
+        axis_name,
+        class_axis_name,
     )
     softcap = read_softcap(softcap)
     eps = read_label_smoothing(label_smoothing, x.dtype)
@@ -111,7 +137,7 @@ def cross_entropy(
         return -jnp.sum(times(times(q, w), log_p), -1), lse if z is None else lse**2
 
     loss, squared = _hide_uncounted(per_example, x, s)
-    return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, axis_name)
+    return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, examples)
 
 
 def linear_cross_entropy(
@@ -132,10 +158,22 @@ def linear_cross_entropy(
     class_mask=None,
     z_loss=0.0,
     softcap=None,
+    axis_name=None,
+    class_axis_name=None,
+    width_axis_name=None,
 ) -> Array:
     """cross_entropy(hidden @ kernel + bias), chunks being none of a formula's business."""
     logits = _logits(
-        hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, sample_weight
+        hidden,
+        kernel,
+        bias,
+        class_axis,
+        dtype,
+        precision,
+        targets,
+        ignore_index,
+        sample_weight,
+        width_axis_name,
     )
     return cross_entropy(
         logits,
@@ -149,16 +187,33 @@ def linear_cross_entropy(
         class_mask=class_mask,
         z_loss=z_loss,
         softcap=softcap,
+        axis_name=axis_name,
+        class_axis_name=class_axis_name,
     )
 
 
 def token_stats(
-    logits, targets, *, ignore_index=-100, axis=None, class_mask=None, softcap=None
+    logits,
+    targets,
+    *,
+    ignore_index=-100,
+    axis=None,
+    class_mask=None,
+    softcap=None,
+    class_axis_name=None,
 ) -> TokenStats:
     """log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
     targets = read_index_targets(targets, WANTED)
-    x, exists, t, s, _, _, poison = _read(
-        "logits", logits, targets, None, ignore_index, axis, None, class_mask
+    x, exists, t, s, _, _, poison, _ = _read(
+        "logits",
+        logits,
+        targets,
+        None,
+        ignore_index,
+        axis,
+        None,
+        class_mask,
+        class_axis_name=class_axis_name,
     )
     softcap = read_softcap(softcap)
     if softcap is not None:
@@ -190,11 +245,23 @@ def linear_token_stats(
     ignore_index=-100,
     class_mask=None,
     softcap=None,
+    axis_name=None,
+    class_axis_name=None,
+    width_axis_name=None,
 ) -> TokenStats:
-    """token_stats(hidden @ kernel + bias)."""
+    """token_stats(hidden @ kernel + bias); over which axes tokens are split is all the same."""
     targets = read_index_targets(targets, WANTED)
     logits = _logits(
-        hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, None
+        hidden,
+        kernel,
+        bias,
+        class_axis,
+        dtype,
+        precision,
+        targets,
+        ignore_index,
+        None,
+        width_axis_name,
     )
     return token_stats(
         logits,
@@ -203,29 +270,52 @@ def linear_token_stats(
         axis=-1,
         class_mask=class_mask,
         softcap=softcap,
+        class_axis_name=class_axis_name,
     )
 
 
 def total_weight(
-    targets, *, weight=None, ignore_index=-100, sample_weight=None, axis_name=None
+    targets,
+    *,
+    weight=None,
+    ignore_index=-100,
+    sample_weight=None,
+    axis_name=None,
+    class_axis_name=None,
 ) -> Array:
     """sum_i s_i w_{y_i}, over the targets that are not ignored."""
     targets = read_index_targets(targets)
     dtype = compute_dtype(*(jnp.asarray(a) for a in (weight, sample_weight) if a is not None))
     s = read_sample_weight(sample_weight, targets.shape, dtype)
-    w = read_weight(weight, None, dtype)
+    examples, classes = read_axis_names(
+        targets, axis_name=axis_name, class_axis_name=class_axis_name
+    )
+    (w,) = _whole(classes, 0, read_weight(weight, None, dtype))
     num_classes = None if w is None else w.size
     index, ignored = read_indices(targets, num_classes, read_ignore_index(ignore_index, targets))
     if w is not None:
         s = times(s, jnp.where(index < 0, 1, w[index]))
-    return total(jnp.where(ignored, 0, s), axis_name)
+    return total(jnp.where(ignored, 0, s), examples)
 
 
 def _logits(
-    hidden, kernel, bias, class_axis, dtype, precision, targets, ignore_index, sample_weight
+    hidden,
+    kernel,
+    bias,
+    class_axis,
+    dtype,
+    precision,
+    targets,
+    ignore_index,
+    sample_weight,
+    width_axis_name,
 ):
     """hidden @ kernel + bias, in float32 or float64; 0 for a token neither counted nor finite."""
-    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype)
+    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(
+        hidden, kernel, class_axis, dtype, width_axis_name
+    )
+    (width,) = read_axis_names(hidden, kernel, width_axis_name=width_axis_name)
+    (kernel,) = _whole(width, 1 - class_axis, kernel)
     targets = read_head_targets(targets, hidden, kernel.shape[class_axis])
     wide = compute_dtype(jnp.empty(0, dtype))
     bias = read_bias(bias, kernel.shape[class_axis], wide)
@@ -241,29 +331,64 @@ def _logits(
         precision=precision,
         preferred_element_type=wide,
     )
-    return logits if bias is None else logits + bias[0]
+    return logits if bias is None else logits + bias
 
 
-def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, class_mask=None):
+def _whole(names, axis, *arrays):
+    """All shards' parts of the arrays, put together along an axis."""
+
+    def whole(array):
+        if array is None or not names:
+            return array
+        size = array.shape[axis]
+        shape = [n * num_shards(names) if i == axis else n for i, n in enumerate(array.shape)]
+        part = array.astype(jnp.int32) if array.dtype == bool else array
+        part = jax.lax.dynamic_update_slice_in_dim(
+            jnp.zeros(shape, part.dtype), part, first_class(size, names), axis
+        )
+        return psum(part, names).astype(array.dtype)
+
+    return [whole(array) for array in arrays]
+
+
+def _read(
+    name,
+    logits,
+    targets,
+    weight,
+    ignore_index,
+    axis,
+    sample_weight,
+    class_mask=None,
+    axis_name=None,
+    class_axis_name=None,
+):
     """Logits, which classes exist and targets as probabilities, classes last; sample weights
     (0 if not counted), class weights, what `mean` divides by, and NaN for a target out of
-    range, else 1."""
+    range, else 1; all of whole rows. Last, the mapped axes of the examples."""
     logits = read_logits(logits, name)
+    examples, classes = read_axis_names(
+        logits, axis_name=axis_name, class_axis_name=class_axis_name
+    )
     targets = read_targets(targets)
     axis = read_class_axis(axis, logits, targets, name)
     ignore_index = read_ignore_index(ignore_index, targets)
     exists = read_class_mask(class_mask, logits, axis, name)
+    weight = read_weight(weight, logits.shape[axis], compute_dtype(logits))
+    (weight,) = _whole(classes, 0, weight)
+    logits, exists = _whole(classes, axis, logits, exists)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        (targets,) = _whole(classes, axis, targets)
     exists = jnp.broadcast_to(True if exists is None else exists, logits.shape)
     exists = jnp.moveaxis(exists, axis, -1)
     x = jnp.moveaxis(logits.astype(compute_dtype(logits)), axis, -1)
     num_classes = x.shape[-1]
-    w = read_weight(weight, num_classes, x.dtype)
-    w = along(-1, x.ndim, jnp.ones(num_classes, x.dtype) if w is None else w)
+    w = along(-1, x.ndim, jnp.ones(num_classes, x.dtype) if weight is None else weight)
     s = read_sample_weight(sample_weight, x.shape[:-1], x.dtype)
     s = jnp.where(jnp.any(exists, -1), s, 0)
     if jnp.issubdtype(targets.dtype, jnp.floating):
         t = unless_zero(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
-        return x, exists, t, s, w, s, jnp.ones_like(s)
+        return x, exists, t, s, w, s, jnp.ones_like(s), examples
     index, ignored = read_indices(targets, num_classes, ignore_index)
     s = jnp.where(ignored | (index < 0) & (s == 0), 0, s)
     classes = along(-1, x.ndim, jnp.arange(num_classes))
@@ -271,7 +396,7 @@ def _read(name, logits, targets, weight, ignore_index, axis, sample_weight, clas
     t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
     mean_weight = times(s, jnp.where(index < 0, 1, jnp.sum(times(t, w), -1)))
     poison = jnp.where((index < 0) & (s != 0), jnp.nan, 1).astype(x.dtype)
-    return x, exists, t, s, w, mean_weight, poison
+    return x, exists, t, s, w, mean_weight, poison, examples
 
 
 def _log_probs(x, axis):
@@ -288,15 +413,15 @@ def _hide_uncounted(per_example, x, s):
     return [jnp.where(hidden, 0, value) for value in values]
 
 
-def _reduce(loss, squared_normalizer, z, s, mean_weight, reduction, axis_name):
+def _reduce(loss, squared_normalizer, z, s, mean_weight, reduction, examples):
     check_reduction(reduction)
     z_term = jnp.zeros_like(s) if z is None else times(z, s * squared_normalizer)
     if reduction == "none":
         return s * loss + z_term
-    loss, z_term = total(s * loss, axis_name), total(z_term, axis_name)
+    loss, z_term = total(s * loss, examples), total(z_term, examples)
     if reduction == "mean":
-        loss /= _or_one(total(mean_weight, axis_name))
-        z_term /= _or_one(total(s, axis_name))
+        loss /= _or_one(total(mean_weight, examples))
+        z_term /= _or_one(total(s, examples))
     return loss + z_term
 
 

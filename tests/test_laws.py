@@ -359,7 +359,7 @@ def test_head(made_forward, call):
 @contextlib.contextmanager
 def gradients_in_the_forward_pass(wanted):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxent.linear, "_made_forward", lambda plan, head: wanted)
+        patch.setattr(jaxent.linear, "_made_forward", lambda plan, head, layout: wanted)
         patch.setattr(jaxent._total, "BLOCK", 3)
         yield
 
