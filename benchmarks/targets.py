@@ -42,7 +42,14 @@ def sharding(name: str) -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def mesh(topology: str, shape: tuple[int, int]) -> jax.sharding.Mesh:
+    """All chips of a TPU slice such as "v5e:16x16", as an explicit mesh (data, model)."""
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    return jax.sharding.Mesh(np.array(chips).reshape(shape), ("data", "model"), axis_types=kinds)
+
+
 def needs(name: str) -> str:
-    """What to install where `sharding` raises."""
+    """What to install where `sharding` or `mesh` raises."""
     cuda = "`pip install jax-cuda13-plugin jax-cuda13-pjrt` of jax's version"
     return cuda if name == "H100" else '`pip install "jax[tpu]"`'

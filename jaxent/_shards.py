@@ -42,6 +42,8 @@ def whole_rows(
     if shift is not None:
         top = jax.lax.pmax(jax.lax.stop_gradient(shift), names)
         change = shift - top
+        lowest = jnp.finfo(shift.dtype).min  # finite, as 0 * NaN would be a derivative
+        change = jnp.where(uncounted & ~jnp.isfinite(change), lowest, change)
     parts = {}
     if sums.log_sum is not None:
         log_sum = sums.log_sum + change

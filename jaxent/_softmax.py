@@ -87,6 +87,14 @@ def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) ->
     return cap(softcap, jnp.maximum(top, jnp.finfo(top.dtype).min))
 
 
+def first_best(scores: Array, axis: int) -> Array:
+    """The first class of the largest score, as argmax; which, of sharded classes, gathers."""
+    top = jnp.max(scores, axis, keepdims=True)
+    classes = along(axis, scores.ndim, jnp.arange(scores.shape[axis], dtype=jnp.int32))
+    best = (scores == top) | jnp.isnan(scores)
+    return jnp.min(jnp.where(best, classes, scores.shape[axis]), axis, keepdims=True)
+
+
 def _centre(softcap, x, shift, exists):
     """z - shift; -inf where no class exists."""
     x = x.astype(compute_dtype(x))
@@ -239,7 +247,8 @@ def row_gradients(
     """The gradients of a loss with respect to logits and target mass, given those of the sums."""
     d_log_sum, d_entropy, d_picked, d_mass_sum, d_target_sum = cotangents
     centred = _centre(softcap, x, shift, exists)
-    d_centred: Any = 0
+    # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
+    d_centred: Any = jnp.zeros_like(centred) if log_sum is None else 0
     d_q = None
     if log_sum is not None:
         uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)

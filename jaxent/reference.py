@@ -216,11 +216,14 @@ def token_stats(
         class_axis_name=class_axis_name,
     )
     softcap = read_softcap(softcap)
-    if softcap is not None:
-        x = softcap * jnp.tanh(x / softcap)
-    prediction = jnp.argmax(jnp.where(exists, x, -jnp.inf), -1).astype(jnp.int32)
     counted = (s != 0)[..., None]
-    x = jnp.where(counted, jnp.where(exists, x, -jnp.inf), 0)
+
+    def capped(x):
+        return x if softcap is None else softcap * jnp.tanh(x / softcap)
+
+    prediction = jnp.argmax(jnp.where(exists, capped(x), -jnp.inf), -1).astype(jnp.int32)
+    x = capped(jnp.where(exists & counted, x, 0))
+    x = jnp.where(exists | ~counted, x, -jnp.inf)
     log_p, lse = _log_probs(x, -1)
     correct = (s != 0) & (jnp.take_along_axis(t, prediction[..., None], -1)[..., 0] > 0)
     return TokenStats(

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from ._arguments import ArrayOrList, read_index_targets, read_logits, read_softcap
 from ._axes import AxisName, read_axis_names
 from ._shards import whole_best, whole_rows
-from ._softmax import RowSums, cap, compute_dtype, row_max, row_sums
+from ._softmax import RowSums, cap, compute_dtype, first_best, row_max, row_sums
 from ._targets import Rows, read_rows
 from .linear import PrecisionLike, read_head, rows_of_head
 
@@ -96,7 +96,7 @@ def token_stats(
     scores = cap(softcap, logits.astype(compute_dtype(logits)))
     if rows.exists is not None:
         scores = jnp.where(rows.exists, scores, -jnp.inf)
-    best = jnp.argmax(jax.lax.stop_gradient(scores), rows.axis, keepdims=True)
+    best = first_best(jax.lax.stop_gradient(scores), rows.axis)
     top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.sample_weight == 0, classes)
     prediction = whole_best(shift, top, best, logits.shape[rows.axis], classes)
     return _stats(rows, top, sums, prediction)

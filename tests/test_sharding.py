@@ -6,37 +6,19 @@ no array was gathered for it.
 """
 
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded import MESHES, SHARDS, assert_equal, auto_mesh, collectives, floats, jit, laid_out
 
 import jaxent
 
-SHARDS, EACH, C = 8, 4, 5
+EACH, C = 4, 5
 N = SHARDS * EACH
-
-
-def assert_equal(actual, whole):
-    """Equal to as many roundings as there are examples, all finite, and not all zero.
-
-    Two ways to add N numbers differ by up to N roundings of their magnitudes' sum. That is
-    about 1 here, also where the sum is small because they cancel (label smoothing's). Then
-    a result of half precision is rounded once.
-    """
-    roundings = N * float(jnp.finfo(jnp.float32).eps)
-    assert jax.tree.structure(actual) == jax.tree.structure(whole)
-    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(whole), strict=True):
-        assert a.shape == w.shape and a.dtype == w.dtype
-        last = float(jnp.finfo(a.dtype).eps)
-        a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.all(np.isfinite(w)) and np.any(w != 0)
-        np.testing.assert_allclose(a, w, rtol=roundings + last, atol=roundings)
 
 
 # ---- The batch -------------------------------------------------------------------------
@@ -211,20 +193,6 @@ LOSSES["indices, an ignored class"][1]["labels"] = jnp.where(
 FULLEST = ("indices, every option", "probabilities, every option", "linear model", "total_weight")
 
 
-def floats(tree):
-    return {k: v for k, v in tree.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-
-
-# What is tested of `axis_name` is what JAX traces, not how well XLA compiles it.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
 def value_and_grads(loss, sharded, shared):
     """The loss, and its gradient for every float that is split and that is shared."""
 
@@ -251,10 +219,6 @@ def split(tree, *shape):
 
 def join(tree):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-
-
-def auto_mesh(shape=(SHARDS,), names=("data",)):
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def over_axis(transform):
@@ -549,28 +513,6 @@ def test_naming_one_axis_of_two_gives_the_loss_of_each_part():
 
 # ---- Without axis_name: jit splits the work -------------------------------------------
 
-COLLECTIVE = re.compile(
-    r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|all-to-all|ragged-all-to-all|reduce-scatter"
-    r"|collective-permute|collective-broadcast)(-start)?\("
-)
-
-
-def collectives(compiled):
-    """[(kind, elements)] of a compiled program, one for each array that is sent.
-
-    The elements are those of the result: of what is gathered, not of its parts.
-    """
-    found = []
-    for line in compiled.as_text().splitlines():
-        match = COLLECTIVE.search(line)
-        if match:
-            shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", match["result"])
-            assert shapes, line
-            found += [
-                (match["kind"], math.prod(map(int, filter(None, s.split(","))))) for s in shapes
-            ]
-    return found  # fmt: skip
-
 
 def test_collectives_are_seen_where_there_are_some():
     mesh = auto_mesh()
@@ -602,7 +544,6 @@ def test_collectives_are_seen_where_there_are_some():
     assert [k for k, _ in sent(scattered)] == ["reduce-scatter"]
 
 
-MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 MANY, CLASSES, POSITIONS = 64, 6, 3  # a part of the logits, 8 * 6, is larger than all else
 
 
@@ -691,10 +632,6 @@ def with_gradients(program):
 @functools.cache
 def unsharded(program):
     return jit(with_gradients(program))(arguments(program))
-
-
-def laid_out(given, mesh, spec_of):
-    return {k: jax.device_put(v, NamedSharding(mesh, spec_of(k, v))) for k, v in given.items()}
 
 
 def batch_sharded(name, array):
