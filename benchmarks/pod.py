@@ -74,8 +74,10 @@ def cases(tokens, everything):
         for mesh in ((chips, 1), (side, side), (1, chips)):
             for n in tokens:
                 extra = topology != WHOLE and (mesh[0] != side or "Gemma" not in head or n > 2**17)
-                # With one part of the tokens, a chip has all hidden states, and 2**20 do not fit.
-                if (everything or not extra) and (n <= 2**17 or mesh[0] > 1):
+                # Where nothing splits the tokens, 2**20 do not fit, and FSDP is no other form.
+                if mesh[0] == 1 and (n > 2**17 or form == "linear FSDP"):
+                    continue
+                if everything or not extra:
                     yield Case(topology, form, head, mesh, n)
 
 
@@ -195,6 +197,8 @@ def header(caption, *cells):
 
 
 def mb(size):
+    if 0 < size < 1e4:
+        return "< 0.01"
     return f"{size / 1e6:.0f}" if size >= 1e7 else f"{size / 1e6:.2g}"
 
 
@@ -228,13 +232,14 @@ def affine(small, large, sizes):
 
 def growth(measured):
     """What the scratch and the collectives are made of, from the two largest numbers of tokens."""
-    print("How they grow, between the two largest numbers of tokens: MB whatever the tokens are,")
-    print("and bytes for each token of a chip (tokens / data), for each of its logits (tokens x")
+    print("How they grow, by the two largest numbers of tokens: MB whatever the tokens are, and")
+    print("bytes for each token of a chip (tokens / data), each of its logits (tokens x classes /")
+    print("chips), each value of its hidden states (tokens x width / data) and, of the MB that")
     header(
-        "classes / chips) and each value of its hidden states (tokens x width / data).",
+        "are sent whatever the tokens are, each value of its classes (width x classes / model).",
         *("slice", "form", "head", "mesh"),
         *("scratch", "a token", "a logit", "a hidden value"),
-        *("collectives", "a token", "a hidden value"),
+        *("collectives", "a token", "a hidden value", "a kernel value"),
     )
     together = collections.defaultdict(list)
     for case in measured:
@@ -244,17 +249,16 @@ def growth(measured):
             continue
         small, large = sorted(members, key=lambda case: case.tokens)[-2:]
         width, classes = HEADS[large.head]
+        classes /= large.mesh[1]
         found = measured[small], measured[large]
         fixed, slope = affine(small, large, [one.scratch for one in found])
         sent, sent_slope = affine(small, large, [one.sizes.total() for one in found])
-        logits = slope / (classes / large.mesh[1])
-        of_hidden = ["", ""]
-        if large.form != "dense":
-            of_hidden = [f"{slope / width:.2f}", f"{sent_slope / width:.2f}"]
+        ratios = slope / width, sent_slope / width, sent / width / classes
+        ratios = [""] * 3 if large.form == "dense" else [f"{ratio:.2f}" for ratio in ratios]
         line(
             *series,
-            *(mb(fixed), f"{slope:.0f}", f"{logits:.2f}", of_hidden[0]),
-            *(mb(sent), f"{sent_slope:.0f}", of_hidden[1]),
+            *(mb(fixed), f"{slope:.0f}", f"{slope / classes:.2f}", ratios[0]),
+            *(mb(sent), f"{sent_slope:.0f}", *ratios[1:]),
         )
     print()
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 AxisName = str | Sequence[Any] | PartitionSpec | None
 Names = tuple[str, ...]
@@ -63,6 +63,13 @@ def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
                 )
         mapped.append(tuple(name for name in names if _is_mapped(name)))
     return tuple(mapped)
+
+
+def in_shard_map(names: Names) -> bool:
+    """Whether it is `shard_map` that maps them, not `vmap` or `pmap`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = zip(mesh.axis_names, mesh.axis_types)
+    return set(names) <= {name for name, kind in manual if kind == AxisType.Manual}
 
 
 def _is_mapped(name: str) -> bool:

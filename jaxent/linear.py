@@ -27,7 +27,7 @@ from ._arguments import (
     read_softcap,
     read_z_loss,
 )
-from ._axes import AxisName, flat_names, local_index, psum
+from ._axes import AxisName, flat_names, in_shard_map, local_index, psum
 from ._chunks import Head, Plan, choose_chunk
 from ._mesh import Layout, on_shards, read_layout
 from ._reduction import reduce
@@ -237,6 +237,10 @@ def read_head(
     )
     num_classes = kernel.shape[class_axis]
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
+    if layout.width and not in_shard_map(layout.width) and layout.mesh is None:
+        # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
+        kernel = jax.lax.all_gather(kernel, layout.width, axis=1 - class_axis, tiled=True)
+        layout = layout._replace(width=())
     rows = read_rows(
         jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), dtype),
         read_head_targets(targets, hidden, num_classes),

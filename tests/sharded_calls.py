@@ -217,14 +217,20 @@ CASES = {
         "h wide_k y b w s e z",
     ),
     "linear, (C, D), width split": (
-        lambda m, a, n: head(a, n, "h_b", "wide_table", "y_b", m=m, reduction="sum"),
+        lambda m, a, n: head(a, n, "h_b", "wide_table", "y_b", m=m, chunk_size=4),
         "h_b wide_table y_b",
     ),
     "linear_token_stats": (
         lambda m, a, n: n.add(
             statistics(
                 m.linear_token_stats(
-                    a["h"], a["wide_k"], a["y"], bias=a["b"], class_mask=a["m"], **n.wide
+                    a["h"],
+                    a["wide_k"],
+                    a["y"],
+                    bias=a["b"],
+                    class_mask=a["m"],
+                    chunk_size=4,
+                    **n.wide,
                 ),
                 a["s"],
             ),

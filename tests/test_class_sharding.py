@@ -83,8 +83,6 @@ def test_whole_equals_the_reference(case):
     + [(way, case) for way in ("shard_map, check_vma=False", "pmap of vmap") for case in FULLEST],
 )
 def test_loss_and_gradient_outside_the_mapped_function_equal_the_whole(case, way):
-    if way in ("vmap", "pmap of vmap") and "wide" in CASES[case][1]:
-        pytest.skip("the next test has it")
     mapped = WAYS[way](call(case, MAPPED))
     assert_equal(jit(with_gradients(mapped))(given(case)), whole(case))
 

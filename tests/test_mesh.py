@@ -1,0 +1,208 @@
+"""Law 11 on meshes that `jit` splits arrays over: values, gradients, and what is sent.
+
+What is sent is counted in the compiled program, for eight devices.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded import MESHES, assert_equal, collectives, floats, jit
+from sharded_calls import AUTO, AXES, CASES, WHOLE, given, specs
+from test_class_sharding import call, whole, with_gradients
+
+import jaxent
+import jaxent._total
+import jaxent.linear
+
+kinds = pytest.mark.parametrize("kind", MESHES)
+TOLD = {"auto": AUTO, "explicit": WHOLE}
+
+
+def make_mesh(kind, **sizes):
+    types = (MESHES[kind],) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+def lay_out(mesh, tree, specs):
+    return {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in tree.items()}
+
+
+@kinds
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_the_whole_and_are_split_like_their_arguments(case, kind):
+    mesh = make_mesh(kind, data=2, model=4)
+    with jax.set_mesh(mesh):
+        tree = lay_out(mesh, given(case), specs(given(case)))
+        actual = jit(with_gradients(call(case, TOLD[kind])))(tree)
+    for name, gradient in actual[1].items():
+        if kind == "auto" and case in ("nll", "total_weight"):
+            break  # made of per-example arrays alone, they are where XLA wants them
+        assert gradient.sharding.is_equivalent_to(tree[name].sharding, gradient.ndim), name
+    assert_equal(actual, whole(case))
+
+
+# Larger arrays, to tell them by their sizes. A device has 32 tokens (64 with a second dimension)
+# and 24 classes, and chunks of 4 of them where a case says so.
+LARGER = {16: 64, 24: 96, 4: 8}
+D, C = 8, 96
+
+
+def compiled(kind, mesh, case, f):
+    tree = {
+        name: jax.ShapeDtypeStruct(
+            [LARGER.get(n, n) for n in x.shape],
+            x.dtype,
+            sharding=NamedSharding(mesh, P(*AXES[name])),
+        )
+        for name, x in given(case).items()
+    }
+    with jax.set_mesh(mesh):
+        return collectives(jax.jit(f(call(case, TOLD[kind]))).lower(tree).compile())
+
+
+@kinds
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_larger_than_what_the_gradients_need_is_sent(case, kind):
+    mesh = make_mesh(kind, data=2, model=4)
+    arrays = CASES[case][1].split()
+    tokens = 32 * (3 if "y_k" in arrays else 2 if {"y_b", "t_b"} & {*arrays} else 1)
+    forward = compiled(kind, mesh, case, lambda f: f)
+    both = compiled(kind, mesh, case, with_gradients)
+    # A forward pass adds up numbers of tokens; a kernel whose width is split is gathered once.
+    wide = any(name.startswith("wide") for name in arrays)
+    chunk = 4
+    gathered = ("all-gather", D * chunk)
+    assert [x for x in forward if x[0] != "all-reduce"] == [gathered] * wide
+    assert max(n for kind, n in forward if kind == "all-reduce") <= tokens
+    # The gradients of weights and biases have C numbers at most, and are added up over tokens.
+    # Of a head there are hidden's to be added up over classes, and the kernel's over tokens:
+    # its width being split, each device gets its part of a chunk.
+    rest = [x for x in both if x[0] != "all-reduce" or x[1] > max(tokens, C)]
+    expected = []
+    if "linear" in case:
+        expected = [("all-reduce", tokens * D)]
+        expected += (
+            [gathered, gathered, ("reduce-scatter", D // 2 * chunk)]
+            if wide
+            else [("all-reduce", C // 4 * D)]
+        )
+    assert sorted(rest) == sorted(expected)
+
+
+@kinds
+def test_tokens_split_over_two_dimensions(kind):
+    mesh = make_mesh(kind, data=2, sequence=2, model=2)
+    tree = given("linear")
+    tree["s"] = jnp.linspace(0.5, 2, tree["y_b"].size).reshape(tree["y_b"].shape)
+
+    def loss(tree, **names):
+        return jaxent.linear_cross_entropy(
+            tree["h_b"], tree["k"], tree["y_b"], sample_weight=tree["s"], **names
+        )
+
+    names = {"axis_name": P("data", "sequence"), "class_axis_name": "model"}
+    split = functools.partial(loss, **(names if kind == "auto" else {}))
+    tokens = P("data", "sequence")
+    where = {"h_b": P(*tokens, None), "k": P(None, "model"), "y_b": tokens, "s": tokens}
+    with jax.set_mesh(mesh):
+        f = jax.jit(with_gradients(split))
+        program = f.lower(lay_out(mesh, tree, where)).compile()
+        actual = program(lay_out(mesh, tree, where))
+    assert {kind for kind, _ in collectives(program)} == {"all-reduce"}
+    assert_equal(actual, jit(with_gradients(loss))(tree))
+
+
+@kinds
+def test_none_and_statistics_stay_where_their_tokens_are(kind):
+    mesh = make_mesh(kind, data=2, model=4)
+    tree = given("linear")
+
+    def values(tree, **names):
+        arguments = tree["h_b"], tree["k"], tree["y_b"]
+        loss = jaxent.linear_cross_entropy(*arguments, reduction="none", **names)
+        stats = jaxent.linear_token_stats(*arguments, **names)
+        return loss, jax.tree.map(lambda x: x.astype(jnp.float32), stats)
+
+    names = TOLD[kind].head
+    with jax.set_mesh(mesh):
+        actual = jax.jit(functools.partial(values, **names))(lay_out(mesh, tree, specs(tree)))
+    expected = jit(values)(tree)
+    for x in jax.tree.leaves(actual):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), x.ndim)
+    assert_equal(actual, expected)
+
+
+@kinds
+@pytest.mark.parametrize("case", ["cross_entropy, every option", "linear", "linear, width split"])
+def test_second_order_equals_the_whole(case, kind):
+    mesh = make_mesh(kind, data=2, model=4)
+    tree = given(case)
+    direction = {name: jnp.cos(jnp.arange(x.size).reshape(x.shape)) for name, x in tree.items()}
+
+    def products(names):
+        def f(tree, direction):
+            some = floats(tree)
+            gradient = jax.grad(lambda some: call(case, names)(tree | some))
+            forward = jax.jvp(gradient, (some,), ({name: direction[name] for name in some},))[1]
+            slope = jax.grad(
+                lambda some: sum(jnp.sum(g * direction[n]) for n, g in gradient(some).items())
+            )
+            return forward, slope(some)
+
+        return f
+
+    with jax.set_mesh(mesh):
+        on_mesh = lay_out(mesh, tree, specs(tree)), lay_out(mesh, direction, specs(tree))
+        actual = jit(products(TOLD[kind]))(*on_mesh)
+    assert_equal(actual, jit(products(WHOLE))(tree, direction))
+
+
+@kinds
+def test_gradients_made_forward_are_added_up_once(kind, monkeypatch):
+    """Not for each block of tokens: a device goes over blocks of its own."""
+    monkeypatch.setattr(jaxent.linear, "_made_forward", lambda *_: True)
+    monkeypatch.setattr(jaxent._total, "BLOCK", 3)
+    mesh = make_mesh(kind, data=8)
+    tree = given("linear")
+    where = {"h_b": P("data", None, None), "k": P(None, None), "y_b": P("data", None)}
+
+    def loss(names):
+        return lambda tree: jaxent.linear_cross_entropy(
+            tree["h_b"], tree["k"], tree["y_b"], label_smoothing=0.1, **names
+        )
+
+    names = {"axis_name": "data"} if kind == "auto" else {}
+    with jax.set_mesh(mesh):
+        f = jax.jit(with_gradients(loss(names)))
+        program = f.lower(lay_out(mesh, tree, where)).compile()
+        actual = program(lay_out(mesh, tree, where))
+    sent = collectives(program)
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    assert [n for _, n in sent if n > 2] == [tree["k"].size]
+    assert_equal(actual, jit(with_gradients(loss({})))(tree))
+
+
+@pytest.mark.parametrize("ambient", [True, False])
+def test_batch_split_on_an_automatic_mesh_needs_no_names(ambient):
+    """A wide head, whose gradients one device makes forward: who is not told takes the loop over
+    classes, for which `jit` moves no tokens."""
+    mesh = make_mesh("auto", data=8)
+
+    def struct(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+    arguments = (
+        struct((8, 128, 1024), "float32", "data"),
+        struct((1024, 256), "float32"),
+        struct((8, 128), "int32", "data"),
+    )
+    f = jax.jit(jax.value_and_grad(functools.partial(jaxent.linear_cross_entropy, chunk_size=128)))
+    with jax.set_mesh(mesh) if ambient else contextlib.nullcontext():
+        sent = collectives(f.lower(*arguments).compile())
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    assert max(n for _, n in sent) <= 1024 * 128
