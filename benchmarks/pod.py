@@ -202,6 +202,10 @@ def mb(size):
     return f"{size / 1e6:.0f}" if size >= 1e7 else f"{size / 1e6:.2g}"
 
 
+def two_digits(ratio):
+    return f"{round(ratio, 2) + 0.0:.2f}"  # no -0.00
+
+
 def table(chosen):
     caption = "Of a chip: MB, and of collectives their number and MB."
     sides = "arguments", "scratch in HBM", "scratch"
@@ -254,10 +258,10 @@ def growth(measured):
         fixed, slope = affine(small, large, [one.scratch for one in found])
         sent, sent_slope = affine(small, large, [one.sizes.total() for one in found])
         ratios = slope / width, sent_slope / width, sent / width / classes
-        ratios = [""] * 3 if large.form == "dense" else [f"{ratio:.2f}" for ratio in ratios]
+        ratios = [""] * 3 if large.form == "dense" else list(map(two_digits, ratios))
         line(
             *series,
-            *(mb(fixed), f"{slope:.0f}", f"{slope / classes:.2f}", ratios[0]),
+            *(mb(fixed), f"{slope:.0f}", two_digits(slope / classes), ratios[0]),
             *(mb(sent), f"{sent_slope:.0f}", *ratios[1:]),
         )
     print()

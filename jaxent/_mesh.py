@@ -29,6 +29,13 @@ class Layout(NamedTuple):
     tokens: tuple[Names, ...] = ()  # the mesh's axes of each dimension of the tokens
     alone: bool = True  # whether a call can know that nobody else splits its tokens
 
+    def of_hidden(self) -> P:
+        return P(*map(_entry, self.tokens), None)
+
+    def of_kernel(self, class_axis: int) -> P:
+        sides = _entry(self.width), _entry(self.classes)
+        return P(*(sides if class_axis else reversed(sides)))
+
 
 def read_layout(
     hidden: Array,
@@ -44,76 +51,89 @@ def read_layout(
         "width_axis_name": width_axis_name,
     }
     mapped = read_axis_names(hidden, kernel, **given)
+    named = [
+        tuple(name for name in flat_names(names) if name not in here)
+        for names, here in zip(given.values(), mapped)
+    ]
     mesh = next(iter(meshes(hidden, kernel)), None)
-    free = {}
-    if mesh is not None:
-        kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-        free = {name: kind for name, kind in kinds.items() if kind != AxisType.Manual}
-    on_mesh = {
-        argument: tuple(n for n in flat_names(names) if n in free and n not in here)
-        for (argument, names), here in zip(given.items(), mapped)
-    }
-    if not any(on_mesh.values()) and AxisType.Explicit not in free.values():
-        return Layout(*mapped, alone=any(mapped) or _is_alone(mesh, free))
-    for argument, here in zip(given, mapped):
-        if here and on_mesh[argument]:
+    free = _free_axes(mesh)
+    partial = mesh is not None and len(free) < len(mesh.axis_names)
+    typed = any(flat_names((*_spec(hidden), *_spec(kernel))))
+    if not any(named) and (AxisType.Explicit not in free.values() or (partial and not typed)):
+        sizes = [mesh.shape[name] for name in free] if mesh else [jax.device_count()]
+        return Layout(*mapped, alone=any(mapped) or math.prod(sizes) == 1)
+
+    if partial:
+        raise ValueError(
+            f"jax.shard_map maps some axes of the mesh here, and {sorted(free)} are left to split "
+            "the head, whose gradient JAX cannot compile there; let it map all of them "
+            "(axis_names), and pass axis_name, class_axis_name and width_axis_name"
+        )
+    *tokens, features = map(flat_names, _spec(hidden))
+    sides = [flat_names(_spec(kernel)[axis]) for axis in (class_axis, 1 - class_axis)]
+    split = f"hidden is {list(hidden.shape)}, split as {_spec(hidden)}, kernel "
+    split += f"{list(kernel.shape)}, split as {_spec(kernel)}"
+    for argument, names, typed in zip(given, named, (sum(tokens, ()), *sides)):
+        if absent := [n for n in names if free[n] == AxisType.Explicit and n not in typed]:
             raise ValueError(
-                f"{argument}={given[argument]!r} names axes that are mapped here and axes of the "
-                "mesh: map all of them, or none"
+                f"{split}: not over {absent}, as {argument}={given[argument]!r} says; on an "
+                f"explicit mesh leave {argument} out, or split the array by jax.sharding.reshard"
             )
 
-    of_hidden, of_kernel = ([flat_names(entry) for entry in _spec(x)] for x in (hidden, kernel))
-    shapes = f"hidden is {list(hidden.shape)}, split as {_spec(hidden)}; kernel is "
-    shapes += f"{list(kernel.shape)}, split as {_spec(kernel)}"
-    *tokens, features = of_hidden
-    wanted = list(axis_name) if isinstance(axis_name, P) else [on_mesh["axis_name"]]
-    if len(wanted) > len(tokens) and on_mesh["axis_name"]:
+    by_dimension = list(axis_name) if isinstance(axis_name, P) else [named[0]]
+    if named[0] and len(by_dimension) > len(tokens):
         raise ValueError(
-            f"axis_name={axis_name!r}: hidden is {list(hidden.shape)}, and has {len(tokens)} "
-            "dimensions of tokens to split"
+            f"axis_name={axis_name!r} has {len(by_dimension)} dimensions, the tokens of hidden, "
+            f"{list(hidden.shape)}, have {len(tokens)}"
         )
-    wanted = [[n for n in flat_names(entry) if n in on_mesh["axis_name"]] for entry in wanted]
-    wanted += [[]] * (len(tokens) - len(wanted))
-    # An automatic axis is in no type; an explicit one is named rightly or not at all.
-    automatic = [[n for n in names if free[n] == AxisType.Auto] for names in wanted]
-    _check_explicit(shapes, axis_name=(on_mesh["axis_name"], sum(tokens, ()), free))
-    tokens = tuple(tuple(dict.fromkeys([*a, *b])) for a, b in zip(tokens, automatic))
-    sides = []
-    for argument, side in (
-        ("class_axis_name", of_kernel[class_axis]),
-        ("width_axis_name", of_kernel[1 - class_axis]),
-    ):
-        _check_explicit(shapes, **{argument: (on_mesh[argument], side, free)})
-        sides.append(tuple(dict.fromkeys([*side, *on_mesh[argument]])))
-    classes, width = sides
-    of_tokens = sum(tokens, ())
+    by_dimension += [()] * (len(tokens) - len(by_dimension))
+    automatic = [[n for n in flat_names(e) if free[n] == AxisType.Auto] for e in by_dimension]
+    tokens = [_union(typed, names) for typed, names in zip(tokens, automatic)]
+    classes, width = (_union(typed, names) for typed, names in zip(sides, named[1:]))
+    layout = Layout((), classes, width, mesh, tuple(tokens))
     if features:
         raise ValueError(
-            f"{shapes}: the last axis of hidden must be whole; pass "
-            f"jax.sharding.reshard(hidden, {P(*map(_entry, tokens), None)})"
+            f"{split}: its last axis must be whole; pass "
+            f"jax.sharding.reshard(hidden, {layout.of_hidden()})"
         )
-    if both := set(of_tokens) & set(classes):
-        rest = P(*(_entry(tuple(n for n in names if n not in both)) for names in tokens), None)
-        raise ValueError(
-            f"{shapes}: {sorted(both)} split the tokens and the classes, and can split only one; "
-            f"pass jax.sharding.reshard(hidden, {rest})"
-        )
-    if not set(width) <= set(of_tokens):
-        whole = [None, _entry(classes)][:: 1 if class_axis else -1]
-        raise ValueError(
-            f"{shapes}: {sorted(set(width) - set(of_tokens))} split the kernel's width and must "
-            "split the tokens too (axis_name); or pass jax.sharding.reshard(kernel, "
-            f"{P(*whole)})"
-        )
-    layout = Layout(mapped[0], mapped[1] or classes, mapped[2] or width, mesh, tokens)
-    _check_divisible(hidden, kernel, class_axis, layout)
+    _check_axes(split, class_axis, layout)
+    _check_divisible("hidden", hidden, layout.of_hidden(), mesh)
+    _check_divisible("kernel", kernel, layout.of_kernel(class_axis), mesh)
     return layout
 
 
-def _is_alone(mesh, free):
-    if mesh is None:
-        return jax.device_count() == 1
-    return math.prod(mesh.shape[name] for name in free) == 1
+def _check_axes(split, class_axis, layout):
+    tokens = sum(layout.tokens, ())
+    if both := set(tokens) & set(layout.classes):
+        rest = [tuple(n for n in names if n not in both) for names in layout.tokens]
+        hidden = layout._replace(tokens=tuple(rest)).of_hidden()
+        raise ValueError(
+            f"{split}: {sorted(both)} split the tokens and the classes, and can split only one; "
+            f"pass jax.sharding.reshard(hidden, {hidden}), or other axis names"
+        )
+    if outside := set(layout.width) - set(tokens):
+        kernel = layout._replace(width=()).of_kernel(class_axis)
+        raise ValueError(
+            f"{split}: {sorted(outside)} split the kernel's width and not the tokens; split both "
+            f"(axis_name), or pass jax.sharding.reshard(kernel, {kernel})"
+        )
+
+
+def _check_divisible(name, array, spec, mesh):
+    for axis, entry in enumerate(spec):
+        parts = math.prod(mesh.shape[n] for n in flat_names(entry))
+        if array.shape[axis] % parts:
+            raise ValueError(
+                f"{name} is {list(array.shape)}: its axis {axis} is split over {entry!r} into "
+                f"{parts} parts, which must be alike; pad it, and exclude what was added (classes "
+                "by class_mask, tokens by ignore_index or sample_weight)"
+            )
+
+
+def _free_axes(mesh) -> dict[str, AxisType]:
+    """The axes of a mesh that are not mapped."""
+    kinds = zip(mesh.axis_names, mesh.axis_types) if mesh else ()
+    return {name: kind for name, kind in kinds if kind != AxisType.Manual}
 
 
 def _spec(x):
@@ -121,34 +141,12 @@ def _spec(x):
     return P(*spec, *[None] * (x.ndim - len(spec)))
 
 
+def _union(a, b) -> Names:
+    return tuple(dict.fromkeys([*a, *b]))
+
+
 def _entry(names):
     return names[0] if len(names) == 1 else (names or None)
-
-
-def _check_explicit(shapes, **named):
-    ((argument, (given, found, free)),) = named.items()
-    absent = [n for n in given if free[n] == AxisType.Explicit and n not in found]
-    if absent:
-        raise ValueError(
-            f"{shapes}: that does not agree with {argument}={_entry(given)!r}; on an explicit mesh "
-            f"leave {argument} out, or jax.sharding.reshard the array"
-        )
-
-
-def _check_divisible(hidden, kernel, class_axis, layout):
-    sides = (layout.width, layout.classes)[:: 1 if class_axis else -1]
-    for name, array, split in (
-        ("hidden", hidden, layout.tokens),
-        ("kernel", kernel, sides),
-    ):
-        for axis, names in enumerate(split):
-            parts = math.prod(layout.mesh.shape[n] for n in names if n in layout.mesh.shape)
-            if array.shape[axis] % parts:
-                raise ValueError(
-                    f"{name} is {list(array.shape)}: its axis {axis} is split over {_entry(names)!r}"
-                    f" into {parts} parts, which must be alike; pad it, and exclude what was added "
-                    "(classes by class_mask, tokens by ignore_index or sample_weight)"
-                )
 
 
 def on_shards(
@@ -163,39 +161,38 @@ def on_shards(
     """
     if layout.mesh is None:
         return function(hidden, kernel, rest)
+    entries = [_entry(names) for names in (*layout.tokens, layout.classes)]
     logits = (*hidden.shape[:-1], kernel.shape[class_axis])
 
     def spec_of(x):
-        if x.ndim < len(logits):
-            return P()
-        entries = (*layout.tokens, layout.classes)
-        return P(
-            *(_entry(names) if a == b else None for names, a, b in zip(entries, x.shape, logits))
-        )
+        sizes = zip(entries, x.shape, logits) if x.ndim == len(logits) else ()
+        return P(*(entry if size == whole else None for entry, size, whole in sizes))
 
-    of_hidden = P(*map(_entry, layout.tokens), None)
-    of_kernel = P(*map(_entry, (layout.width, layout.classes)[:: 1 if class_axis else -1]))
-    specs = of_hidden, of_kernel, jax.tree.map(spec_of, rest)
-    arguments = jax.tree.map(
-        functools.partial(_lay_out, layout.mesh), (hidden, kernel, rest), specs
-    )
-    names = {
-        n for n, k in zip(layout.mesh.axis_names, layout.mesh.axis_types) if k != AxisType.Manual
-    }
+    specs = layout.of_hidden(), layout.of_kernel(class_axis), jax.tree.map(spec_of, rest)
+    free = _free_axes(layout.mesh)
     mapped = jax.shard_map(
         function,
         mesh=layout.mesh,
         in_specs=specs,
-        out_specs=P() if scalar else of_hidden,
-        axis_names=names,
+        out_specs=P() if scalar else layout.of_hidden(),
+        axis_names=set(free),
     )
-    return mapped(*arguments)
+    if AxisType.Explicit in free.values():
+        lay_out = functools.partial(_lay_out, layout.mesh, free)
+        hidden, kernel, rest = jax.tree.map(lay_out, (hidden, kernel, rest), specs)
+    return mapped(hidden, kernel, rest)
 
 
-def _lay_out(mesh, x, spec):
-    """On an explicit mesh, split as `shard_map` wants it. What is whole on each device is cut."""
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    if AxisType.Explicit not in kinds.values():
-        return x
-    wanted = [tuple(n for n in flat_names(e) if kinds[n] == AxisType.Explicit) for e in spec]
+def _lay_out(mesh, free, x, spec):
+    """As its type has to say on an explicit mesh. What is whole on each device is cut."""
+    wanted = [tuple(n for n in flat_names(e) if free[n] == AxisType.Explicit) for e in spec]
+    typed = [flat_names(entry) for entry in _spec(x)]
+    if sum(size > 1 for size in x.shape) > 1:
+        for has, wants in zip(typed, wanted):
+            if has and has != wants:
+                raise ValueError(
+                    f"an array of the logits' dimensions, {list(x.shape)}, is split as "
+                    f"{_spec(x)}, and hidden and kernel as {spec} would have it: pass targets and "
+                    f"class_mask split like that, jax.sharding.reshard(..., {spec})"
+                )
     return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(_entry, wanted))))

@@ -290,8 +290,9 @@ def total_weight(
       targets: class indices, any integer dtype and shape. (For class probabilities the mean
         divides by the sum of the sample weights.)
       weight, ignore_index, sample_weight, axis_name, class_axis_name: as in
-        `cross_entropy`; class axes concern the weights alone. A target outside [0, C) counts with weight 1; its loss is NaN. Examples that a `class_mask`
-        leaves without a class do not count: give them a sample weight of 0 here.
+        `cross_entropy`; class axes concern the weights alone. A target outside [0, C) counts
+        with weight 1; its loss is NaN. Examples that a `class_mask` leaves without a class do
+        not count: give them a sample weight of 0 here.
 
     Returns:
       A float scalar; the number of counted examples where there are no weights.

@@ -206,3 +206,129 @@ def test_batch_split_on_an_automatic_mesh_needs_no_names(ambient):
         sent = collectives(f.lower(*arguments).compile())
     assert {kind for kind, _ in sent} == {"all-reduce"}
     assert max(n for _, n in sent) <= 1024 * 128
+
+
+# ---- What is refused: a wrong combination says what to write ---------------------------------
+
+
+WHOLLY = P(), P(), P()
+
+
+def refused(kind, message, specs=WHOLLY, shapes=((8, 4), (4, 16), (8,)), **names):
+    mesh = make_mesh(kind, data=2, model=4)
+    arrays = jnp.ones(shapes[0]), jnp.ones(shapes[1]), jnp.zeros(shapes[2], int)
+    if len(shapes[2]) == 2:
+        arrays = *arrays[:2], jnp.ones(shapes[2])
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs)]
+        with pytest.raises(ValueError, match=message):
+            jax.jit(functools.partial(jaxent.linear_cross_entropy, **names))(*arrays)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ({"axis_name": "batch"}, "'batch' is no axis here.*which has 'data', 'model'"),
+        (
+            {"axis_name": "data", "class_axis_name": "data"},
+            "'data' is in axis_name and in class_axis_name",
+        ),
+        (
+            {"axis_name": "data", "width_axis_name": "model"},
+            r"\['model'\] split the kernel's width and not the tokens.*reshard\(kernel",
+        ),
+        (
+            {"axis_name": P("data", "model")},
+            r"2 dimensions, the tokens of hidden, \[8, 4\], have 1",
+        ),
+    ],
+)
+def test_wrong_names_on_an_automatic_mesh_are_refused(names, message):
+    refused("auto", message, **names)
+
+
+@pytest.mark.parametrize(
+    "specs, message",
+    [
+        ((P(None, "model"), P()), r"last axis must be whole.*reshard\(hidden, P\(None, None\)\)"),
+        (
+            (P(("data", "model")), P(None, "model")),
+            r"\['model'\] split the tokens and the classes.*reshard\(hidden, P\('data', None\)\)",
+        ),
+        (
+            (P("data"), P("model", None)),
+            r"\['model'\] split the kernel's width and not the tokens",
+        ),
+    ],
+)
+def test_what_explicit_types_cannot_mean_is_refused(specs, message):
+    refused("explicit", message, (*specs, P()))
+
+
+def test_names_that_disagree_with_explicit_types_are_refused():
+    message = r"not over \['model'\], as axis_name='model' says.*leave axis_name out"
+    refused("explicit", message, (P("data"), P(), P()), axis_name="model")
+
+
+def test_probabilities_split_another_way_are_refused():
+    specs = P("data"), P(None, "model"), P("model", "data")
+    refused("explicit", "pass targets and class_mask", specs, ((8, 4), (4, 16), (8, 16)))
+
+
+def test_what_the_devices_do_not_divide_is_refused():
+    message = r"kernel is \[4, 15\]: its axis 1 is split over 'model' into 4 parts"
+    shapes = (8, 4), (4, 15), (8,)
+    refused("auto", message, shapes=shapes, axis_name="data", class_axis_name="model")
+    message = r"hidden is \[6, 4\]: its axis 0 is split over 'model' into 4 parts"
+    refused("auto", message, shapes=((6, 4), (4, 16), (6,)), axis_name="model")
+
+
+@kinds
+def test_head_in_a_shard_map_of_some_axes_is_refused(kind):
+    """Of a `shard_map` in it JAX 0.9.0 to 0.12.0 cannot compile the gradient, ours or not."""
+    mesh = make_mesh(kind, data=2, model=4)
+    names = {"axis_name": "data"} | ({"class_axis_name": "model"} if kind == "auto" else {})
+    hidden, kernel, targets = jnp.ones((8, 4)), jnp.ones((4, 16)), jnp.zeros(8, int)
+    with jax.set_mesh(mesh):
+        hidden, targets = (
+            jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (hidden, targets)
+        )
+        kernel = jax.device_put(kernel, NamedSharding(mesh, P(None, "model")))
+        mapped = jax.shard_map(
+            functools.partial(jaxent.linear_cross_entropy, **names),
+            in_specs=(P("data"), P(), P("data")),
+            out_specs=P(),
+            axis_names={"data"},
+        )
+        with pytest.raises(ValueError, match="let it map all of them"):
+            jax.jit(mapped)(hidden, kernel, targets)
+
+
+@kinds
+def test_dense_losses_take_a_shard_map_of_some_axes(kind):
+    mesh = make_mesh(kind, data=2, model=4)
+    tree = given("cross_entropy")
+
+    def loss(tree, **names):
+        return jaxent.cross_entropy(tree["clean"], tree["y"], **names)
+
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            functools.partial(loss, axis_name="data"),
+            in_specs=(P("data"),),
+            out_specs=P(),
+            axis_names={"data"},
+        )
+        actual = jit(with_gradients(mapped))(lay_out(mesh, tree, specs(tree)))
+    assert_equal(actual, whole("cross_entropy"))
+
+
+def test_names_of_a_mesh_are_taken_where_arrays_are_whole():
+    """One configuration of a loss serves `jit` on a mesh and `shard_map`."""
+    tree = given("cross_entropy")
+    loss = jaxent.CrossEntropyLoss(axis_name="data", class_axis_name="model")
+    mesh = make_mesh("explicit", data=2, model=4)
+    with jax.set_mesh(mesh):
+        on_mesh = lay_out(mesh, tree, specs(tree))
+        actual = jax.jit(loss)(on_mesh["clean"], on_mesh["y"])
+    assert_equal(actual, whole("cross_entropy")[0])
