@@ -16,6 +16,13 @@ from ._softmax import compute_dtype, row_gradients, vary_like
 # took the same time for 2048 tokens (within 5 %), and 4096 more.
 TILE = 2**23
 CHUNK = 1024
+# What a chunk's part of the kernel may take in float32, for few tokens: 64 of them, and 32000
+# classes, took 800 MB on a TPU.
+COLUMNS = 2**25
+# Classes of a chunk that is gathered from shards of the width. Over 256 chips of a TPU XLA makes
+# all-reduces of gathers of 8 MB (bfloat16), twice as much to send, and leaves those of 19 MB.
+# (`benchmarks/pod.py` prints both; chunk_size overrides them.)
+GATHERED = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +255,14 @@ def chunk_gradients(plan, floats, exists, index, i, logits=None):
     return chunk.start, Head(d_hidden, d_kernel, d_bias, None if pull is None else pull(d_q)[0])
 
 
-def choose_chunk(num_tokens: int, num_classes: int) -> int:
-    return balance(num_classes, max(CHUNK, TILE // 4 // max(num_tokens, 1)), 128)
+def choose_chunk(plan: Plan, head: Head) -> int:
+    """Classes of a chunk, for a device that has these tokens and classes."""
+    num_tokens, width = head.hidden.shape
+    logits = TILE // 4 // max(num_tokens, 1)
+    size = max(CHUNK, min(logits, COLUMNS // 4 // max(width, 1)))
+    if plan.width:  # up to 16 times the logits
+        size = max(size, min(GATHERED, 16 * logits))
+    return balance(head.kernel.shape[plan.class_axis], size, 128)
 
 
 def balance(length: int, size: int, multiple: int = 1) -> int:

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 def compute_dtype(*arrays: Any):
@@ -72,7 +74,17 @@ def pick(values: Array, index: Array, axis: int) -> Array:
 
 
 def _one_hot(index, x, axis):
-    return index == along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=index.dtype))
+    return index == _class_numbers(x, axis)
+
+
+def _class_numbers(x, axis):
+    """(1, C, 1, ...), split as x is on an explicit mesh: else what is compared with them is whole
+    on each device, or gathered (an array of the logits' size, seen in jax 0.10.2 for TPUs)."""
+    numbers = jnp.arange(x.shape[axis], dtype=jnp.int32)
+    sharding = jax.typeof(x).sharding
+    if axis_names := sharding.spec[axis] if sharding.spec else None:
+        numbers = jax.sharding.reshard(numbers, NamedSharding(sharding.mesh, P(axis_names)))
+    return along(axis, x.ndim, numbers)
 
 
 def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) -> Array:
@@ -90,9 +102,9 @@ def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) ->
 def first_best(scores: Array, axis: int) -> Array:
     """The first class of the largest score, as argmax; which, of sharded classes, gathers."""
     top = jnp.max(scores, axis, keepdims=True)
-    classes = along(axis, scores.ndim, jnp.arange(scores.shape[axis], dtype=jnp.int32))
     best = (scores == top) | jnp.isnan(scores)
-    return jnp.min(jnp.where(best, classes, scores.shape[axis]), axis, keepdims=True)
+    numbers = jnp.where(best, _class_numbers(scores, axis), scores.shape[axis])
+    return jnp.min(numbers, axis, keepdims=True)
 
 
 def _centre(softcap, x, shift, exists):

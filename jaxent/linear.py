@@ -187,7 +187,7 @@ def _local(plan, hidden, kernel, others) -> tuple[Head, Plan]:
     """A device's head, its tokens in a row, and the plan with chunks of its classes."""
     head = Head(_in_a_row(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
-    chunk = plan.chunk or choose_chunk(head.hidden.shape[0], num_classes)
+    chunk = plan.chunk or choose_chunk(plan, head)
     return head, dataclasses.replace(plan, chunk=min(chunk, num_classes))
 
 

@@ -390,6 +390,61 @@ def test_batching(call):
     assert_same(actual, evaluate(jaxent.cross_entropy, call), ULPS)
 
 
+SPLIT = [((4, 6), 1), ((6,), 0), ((3, 4, 2), 1), ((2, 3, 8), 2)]  # classes in two halves
+
+
+def over_halves_of_the_classes(function):
+    """The function over a mapped axis, each half with its own part of what has a class axis."""
+
+    def split(*positional, **keywords):
+        names = (
+            ("hidden", "kernel", "targets") if "class_axis" in keywords else ("logits", "targets")
+        )
+        values = dict(zip(names, positional)) | keywords
+        axis = -1 if "hidden" in values else values["axis"]
+        places = {"logits": axis, "kernel": values.get("class_axis"), "weight": 0, "bias": 0}
+        if jnp.issubdtype(values["targets"].dtype, jnp.floating):
+            places["targets"] = axis
+        if (mask := values.get("class_mask")) is not None:
+            places["class_mask"] = axis if mask.ndim > 1 else 0
+        places = {k: axis % np.ndim(values[k]) for k, axis in places.items() if k in values}
+        fixed = {k: v for k, v in values.items() if k not in places}
+
+        def half(part):
+            arguments = fixed | part
+            first = [arguments.pop(name) for name in names]
+            return function(*first, **arguments, class_axis_name="halves")
+
+        halves = {k: values[k] for k in places}
+        for k, axis in places.items():
+            shape = halves[k].shape
+            halves[k] = halves[k].reshape(*shape[:axis], 2, -1, *shape[axis + 1 :])
+        return jax.vmap(half, (places,), None, axis_name="halves")(halves)
+
+    return split
+
+
+@law
+@given(calls(EVERY_OPTION, SPLIT))
+def test_split_classes(call):
+    actual = evaluate(over_halves_of_the_classes(jaxent.cross_entropy), call)
+    assert_same(actual, evaluate(jaxent.cross_entropy, call), ULPS)
+
+
+@settings(max_examples=6, deadline=None)
+@given(calls(NLL_OPTIONS, SPLIT))
+def test_split_log_probabilities(call):
+    actual = evaluate(over_halves_of_the_classes(jaxent.nll), call)
+    assert_same(actual, evaluate(jaxent.nll, call), ULPS)
+
+
+@law
+@given(head_calls(EVERY_OPTION, [call for call in SPLIT if call[1] == len(call[0]) - 1]))
+def test_head_of_split_classes(call):
+    actual = evaluate(over_halves_of_the_classes(jaxent.linear_cross_entropy), call)
+    assert_same(actual, evaluate(jaxent.linear_cross_entropy, call), 2 * ULPS)
+
+
 @pytest.mark.parametrize(
     "name",
     [
