@@ -6,7 +6,8 @@ loss = jaxent.linear_cross_entropy(hidden, embedding, tokens, class_axis=0)    #
 ```
 
 A language model's logits are often its largest array. Here they exist a chunk of classes at a
-time, in the forward pass and in the gradients, of first and second order.
+time, in the forward pass and in the gradients, of first and second order. Tokens, classes and
+the kernel's width may be split over devices.
 """
 
 import dataclasses
@@ -77,9 +78,14 @@ def linear_cross_entropy(
     not counted reaches nothing, even if its hidden state is NaN.
 
     Memory, beyond arguments and results, is a float32 gradient of `hidden` and two chunks of
-    logits, (N, chunk_size), N being the number of tokens. A chunk has 1024 classes, or as many
-    as 8 MB of float32 logits hold. Second order (`jvp` of `grad`, `grad` of `grad`) holds at
-    most one gradient of the kernel more.
+    logits, (N, chunk_size), N being the number of tokens. A chunk has 1024 classes, or, with
+    few tokens, as many as 8 MB of float32 logits and 32 MB of a float32 kernel hold. Second
+    order (`jvp` of `grad`, `grad` of `grad`) holds at most one gradient of the kernel more.
+
+    On many devices each goes over its own tokens and classes, and sends a few numbers a token
+    (docs/sharding.md says what is sent). Where axes are mapped (`shard_map`, `pmap`, `vmap`),
+    and on an automatic mesh, the axis names say how the arrays are split; on an explicit mesh
+    their types do.
 
     The logits are computed twice: a fourth matmul, for the sake of memory. Where that shows,
     the kernel being wide (D >= 1024, or 512 in half precision), and memory allows (a float32
@@ -87,6 +93,8 @@ def linear_cross_entropy(
     forward pass instead, in three matmuls and from the logits of 512 tokens at a time. On two
     CPU cores, float32 and (N, D, C) of (2048, 2048, 16384), that takes 0.80 of the time of the
     loss on logits, where the other form takes 1.04. `benchmarks/linear.py` prints such ratios.
+    (In a program for several devices, it does so where it knows how the tokens are split: by
+    axis names or an explicit mesh.)
 
     Args:
       hidden: hidden states, float, (..., D); any leading shape, none too.
@@ -101,13 +109,21 @@ def linear_cross_entropy(
       chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
       weight, ignore_index, reduction, label_smoothing, sample_weight, class_mask, z_loss,
         softcap: as in `jaxent.cross_entropy`, with logits (..., C).
+      axis_name: mapped axis or axes over which tokens are split. On an automatic mesh, of the
+        first dimension of the tokens; a `jax.sharding.PartitionSpec` names those of several.
+      class_axis_name: those over which classes are split: kernel, bias, weight, class_mask
+        and probabilities are this shard's, class indices those of the whole.
+      width_axis_name: those over which the kernel's D is split, as FSDP does. They split the
+        tokens too. Each chunk is gathered when its turn comes, a chunk having up to 4096
+        classes then.
 
     Returns:
       float32, float64 for a float64 `dtype`: a scalar, or for "none" the shape (...).
 
     Raises:
       TypeError: a dtype is none of the above.
-      ValueError: shapes do not fit, or a number is out of range.
+      ValueError: shapes do not fit, a number is out of range, or arrays are split in a way
+        that cannot be meant.
 
     Example:
       >>> import jax

@@ -15,7 +15,7 @@ def blocks(text, info):
     return re.findall(rf"^```{info}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/porting.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/porting.md", "docs/sharding.md"])
 def test_snippets_run(page):
     pytest.importorskip("optax")
     snippets = re.findall(
