@@ -58,10 +58,11 @@ def read_layout(
     mesh = next(iter(meshes(hidden, kernel)), None)
     free = _free_axes(mesh)
     partial = mesh is not None and len(free) < len(mesh.axis_names)
-    typed = any(flat_names((*_spec(hidden), *_spec(kernel))))
-    if not any(named) and (AxisType.Explicit not in free.values() or (partial and not typed)):
+    whole = not any(flat_names((*_spec(hidden), *_spec(kernel))))
+    if not any(named) and (AxisType.Explicit not in free.values() or (partial and whole)):
         sizes = [mesh.shape[name] for name in free] if mesh else [jax.device_count()]
-        return Layout(*mapped, alone=any(mapped) or math.prod(sizes) == 1)
+        examples, classes, width = mapped
+        return Layout(examples, classes, width, alone=any(mapped) or math.prod(sizes) == 1)
 
     if partial:
         raise ValueError(

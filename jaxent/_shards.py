@@ -11,6 +11,8 @@ shift and d_i = s_i - M, those of the whole row are
 Nothing but these, a few numbers a row, is sent; and in the backward pass nothing at all.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -20,18 +22,18 @@ from ._softmax import RowSums, times
 
 
 def whole_rows(
-    shift: Array | None,
+    shift: Any,
     sums: RowSums,
-    index: Array | None,
-    here: Array | None,
+    index: Any,
+    here: Any,
     uncounted: Array | bool,
     names: Names,
-) -> tuple[Array | None, RowSums]:
+) -> tuple[Any, RowSums]:
     """Shift and sums of whole rows.
 
     Args:
-      shift, sums: of this shard's classes, (..., 1, ...); without shift, of log-probabilities.
-      index: class indices, < 0 for none.
+      shift, sums: of this shard's classes, (..., 1, ...); shift None, of log-probabilities.
+      index: class indices, < 0 for none; None for probabilities.
       here: the same, relative to this shard's classes; < 0 for none, and for other shards'.
       uncounted: which rows the loss does not count. They may hold anything.
       names: the mapped axes; () if rows are whole already.

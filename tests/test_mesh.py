@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ from test_class_sharding import call, whole, with_gradients
 import jaxent
 import jaxent._total
 import jaxent.linear
+from jaxent import _softmax
 
 kinds = pytest.mark.parametrize("kind", MESHES)
 TOLD = {"auto": AUTO, "explicit": WHOLE}
@@ -332,3 +334,45 @@ def test_names_of_a_mesh_are_taken_where_arrays_are_whole():
         on_mesh = lay_out(mesh, tree, specs(tree))
         actual = jax.jit(loss)(on_mesh["clean"], on_mesh["y"])
     assert_equal(actual, whole("cross_entropy")[0])
+
+
+def test_what_is_compared_with_classes_is_split_like_them():
+    """Else it is gathered, an array of the logits' size: seen ahead of time for TPUs."""
+    mesh = make_mesh("explicit", data=2, model=4)
+    tree = given("cross_entropy")
+
+    def kinds_of(x, y):
+        hits = _softmax._one_hot(y[:, None], x, -1)
+        return jax.typeof(hits).sharding.spec
+
+    with jax.set_mesh(mesh):
+        on_mesh = lay_out(mesh, tree, specs(tree))
+        seen = []
+        jax.jit(lambda x, y: seen.append(kinds_of(x, y)))(on_mesh["clean"], on_mesh["y"])
+    assert seen == [P("data", "model")]
+
+
+@kinds
+def test_half_precision_is_added_up_in_the_dtype_of_the_argument(kind):
+    """Of four shards of the classes, each rounds its part of hidden's gradient once; none does
+    where hidden states are given in float32."""
+    mesh = make_mesh(kind, data=2, model=4)
+    tree = given("linear")
+    low = {name: x.astype(jnp.bfloat16) if name != "y_b" else x for name, x in tree.items()}
+    high = {name: x.astype(jnp.float32) if name == "h_b" else x for name, x in low.items()}
+
+    def gradient(tree, **names):
+        return jax.grad(jaxent.linear_cross_entropy)(
+            tree["h_b"], tree["k"], tree["y_b"], dtype=jnp.bfloat16, **names
+        )
+
+    exact = np.asarray(jit(gradient)(high), np.float64)
+    ulp, tiny = (
+        float(jnp.finfo(x.dtype).eps) * np.abs(exact).max() for x in (low["k"], high["h_b"])
+    )
+    with jax.set_mesh(mesh):
+        split = jit(functools.partial(gradient, **TOLD[kind].head))
+        of_low, of_high = (split(lay_out(mesh, x, specs(x))) for x in (low, high))
+    assert of_low.dtype == jnp.bfloat16 and of_high.dtype == jnp.float32
+    assert np.abs(np.asarray(of_low, np.float64) - exact).max() <= 4 * ulp
+    assert np.abs(np.asarray(of_high, np.float64) - exact).max() <= 64 * tiny
