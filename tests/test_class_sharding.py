@@ -7,8 +7,10 @@ calls.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from sharded import assert_equal, auto_mesh, floats, jit
 from sharded_calls import (
     AXES,
@@ -114,3 +116,118 @@ def test_gradient_inside_other_maps_is_right_after_pmean_and_division(case, way)
 def test_reference_over_shards_equals_the_whole(case):
     mapped = WAYS["shard_map"](call(case, MAPPED, reference))
     assert_equal(jit(with_gradients(mapped))(given(case)), whole(case))
+
+
+# ---- Values that cannot raise --------------------------------------------------------------
+
+
+def hard_rows():
+    """Logits that are infinite or not a number on some shards of the classes or on all, targets
+    of every kind, and sample weights of 0."""
+    x = np.array(given("cross_entropy")["clean"])
+    labels = np.arange(len(x)) % x.shape[1]
+    weights = np.ones(len(x), np.float32)
+    x[0, :6] = -np.inf  # a whole shard; the target is on it
+    x[1, 6:12] = -np.inf  # the target is elsewhere
+    x[2] = x[3] = -np.inf
+    x[4, 7] = x[5, 7] = np.nan
+    x[6, 20] = x[7, 20] = np.inf
+    x[8] += 1e4
+    x[9, :6] -= 1e4
+    labels[[10, 11]] = 24, -7
+    labels[[12, 13]] = -100
+    x[13] = np.nan
+    weights[[3, 5, 7, 11]] = 0
+    return jnp.asarray(x), jnp.asarray(labels), jnp.asarray(weights)
+
+
+@pytest.mark.parametrize("function", ["cross_entropy", "nll"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_what_is_not_finite_is_as_loud_as_in_whole_rows(function, smoothing):
+    x, y, s = hard_rows()
+    cotangent = jnp.cos(jnp.arange(len(y)))
+    keywords = {"reduction": "none", "ignore_index": -100}
+    if function == "cross_entropy":
+        keywords |= {"label_smoothing": smoothing, "z_loss": 0.01}
+
+    def losses(x, s, **names):
+        return getattr(jaxent, function)(x, y_of(names), sample_weight=s, **keywords, **names)
+
+    def y_of(names):
+        return y
+
+    mapped = jax.shard_map(
+        lambda x, s: losses(x, s, class_axis_name="model"),
+        mesh=mesh(),
+        in_specs=(P(None, "model"), P()),
+        out_specs=P(),
+    )
+
+    @jit
+    def both(x, s):
+        def values(f):
+            value, pull = jax.vjp(f, x, s)
+            return value, pull(cotangent)
+
+        return values(mapped), values(losses)
+
+    actual, expected = (jax.tree.leaves(results) for results in both(x, s))
+    assert np.isnan(expected[0]).any() and np.isinf(expected[0]).any()
+    for a, b in zip(actual, expected):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        np.testing.assert_allclose(a, b, rtol=16 * float(jnp.finfo("float32").eps), atol=1e-5)
+
+
+def test_prediction_of_split_classes_is_the_first_of_equals():
+    x = np.zeros((3, 24), np.float32)
+    x[1, [8, 20]] = 3
+    x[2, :12] = -np.inf
+    y = jnp.array([0, 8, 20])
+
+    def predictions(x, **names):
+        return jaxent.token_stats(x, y, **names).prediction
+
+    mapped = jax.shard_map(
+        functools.partial(predictions, class_axis_name="model"),
+        mesh=mesh(),
+        in_specs=P(None, "model"),
+        out_specs=P(),
+    )
+    assert mapped(x).tolist() == predictions(x).tolist() == [0, 8, 12]
+
+
+# ---- Objects -------------------------------------------------------------------------------
+
+
+def test_objects_over_shards_equal_the_whole():
+    names = {"axis_name": "data", "class_axis_name": "model"}
+    tree = given("linear, every option") | given("nll")
+    losses = {
+        "dense": jaxent.CrossEntropyLoss(label_smoothing=0.1, z_loss=0.01, softcap=3.0, **names),
+        "nll": jaxent.NLLLoss(**names),
+        "head": jaxent.LinearCrossEntropyLoss(
+            label_smoothing=0.1, width_axis_name="data", dtype=jnp.float32, **names
+        ),
+    }
+    wide = given("linear, width split")["wide_k"]
+
+    def evaluated(tree, **whole):
+        keywords = {"weight": tree["w"], "sample_weight": tree["s"], **whole}
+        return (
+            losses["dense"](tree["clean"], tree["y"], **keywords),
+            losses["nll"](tree["clean"], tree["y"], **keywords),
+            losses["head"](
+                tree["h"],
+                tree["wide_k"],
+                tree["y"],
+                bias=tree["b"],
+                **keywords,
+                **({"width_axis_name": None} if whole else {}),
+            ),
+        )
+
+    tree = tree | {"wide_k": wide}
+    actual = jit(over_mesh(mesh())(evaluated))(tree)
+    expected = jit(functools.partial(evaluated, axis_name=None, class_axis_name=None))(tree)
+    assert_equal(actual, expected)
+    assert "class_axis_name='model'" in repr(losses["head"])
