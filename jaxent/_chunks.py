@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-from ._axes import Names
+from ._axes import Names, num_shards
 from ._softmax import compute_dtype, row_gradients, vary_like
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
@@ -19,10 +19,10 @@ CHUNK = 1024
 # What a chunk's part of the kernel may take in float32, for few tokens: 64 of them, and 32000
 # classes, took 800 MB on a TPU.
 COLUMNS = 2**25
-# Classes of a chunk that is gathered from shards of the width. Over 256 chips of a TPU XLA makes
-# all-reduces of gathers of 8 MB (bfloat16), twice as much to send, and leaves those of 19 MB.
-# (`benchmarks/pod.py` prints both; chunk_size overrides them.)
-GATHERED = 4096
+# What a shard of the width gives at least to the gather of a chunk. Of 256 chips of a TPU, XLA
+# makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
+# of 74 kB. (`benchmarks/pod.py` prints both.)
+PIECE = 5 * 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +261,8 @@ def choose_chunk(plan: Plan, head: Head) -> int:
     logits = TILE // 4 // max(num_tokens, 1)
     size = max(CHUNK, min(logits, COLUMNS // 4 // max(width, 1)))
     if plan.width:  # up to 16 times the logits
-        size = max(size, min(GATHERED, 16 * logits))
+        column = width // num_shards(plan.width) * plan.dtype.itemsize
+        size = max(size, min(PIECE // max(column, 1), 16 * logits))
     return balance(head.kernel.shape[plan.class_axis], size, 128)
 
 

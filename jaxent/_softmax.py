@@ -26,8 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 
 def compute_dtype(*arrays: Any):
@@ -78,13 +76,11 @@ def _one_hot(index, x, axis):
 
 
 def _class_numbers(x, axis):
-    """(1, C, 1, ...), split as x is on an explicit mesh: else what is compared with them is whole
-    on each device, or gathered (an array of the logits' size, seen in jax 0.10.2 for TPUs)."""
-    numbers = jnp.arange(x.shape[axis], dtype=jnp.int32)
-    sharding = jax.typeof(x).sharding
-    if axis_names := sharding.spec[axis] if sharding.spec else None:
-        numbers = jax.sharding.reshard(numbers, NamedSharding(sharding.mesh, P(axis_names)))
-    return along(axis, x.ndim, numbers)
+    """The numbers of the classes, broadcastable to x, split as x is on an explicit mesh: else what
+    is compared with them is whole on each device, or gathered (jax 0.10.2 for TPUs)."""
+    numbers = along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=jnp.int32))
+    spec = jax.typeof(x).sharding.spec
+    return numbers + jnp.zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
 
 
 def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) -> Array:

@@ -114,8 +114,7 @@ def linear_cross_entropy(
       class_axis_name: those over which classes are split: kernel, bias, weight, class_mask
         and probabilities are this shard's, class indices those of the whole.
       width_axis_name: those over which the kernel's D is split, as FSDP does. They split the
-        tokens too. Each chunk is gathered when its turn comes, a chunk having up to 4096
-        classes then.
+        tokens too. Each chunk is gathered when its turn comes, and is larger over many.
 
     Returns:
       float32, float64 for a float64 `dtype`: a scalar, or for "none" the shape (...).
