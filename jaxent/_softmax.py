@@ -48,27 +48,34 @@ def along(axis: int, ndim: int, values: Array) -> Array:
     return jnp.expand_dims(values, [i for i in range(ndim) if i != axis % ndim])
 
 
-def pick(values: Array, index: Array, axis: int) -> Array:
-    """Float values at an index (..., 1, ...) along `axis`; any value where it is < 0.
+def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: x) -> Array:
+    """`function(*arrays)`, of arrays and elementwise, at an index (..., 1, ...) along `axis`; any
+    value where it is < 0.
 
-    Values are (..., C, ...), or a table of one value a class, (1, C, 1, ...). A gather on
-    CPU, where a masked sum costs five times the log-sum. Elsewhere a masked sum, which fuses
-    with the log-sum's pass; and where an explicit mesh shards the classes, or the index
-    alone, which refuses the gather.
+    Arrays are (..., C, ...), or tables of one value a class, (1, C, 1, ...), or None. A gather on
+    CPU, where a masked sum costs five times the log-sum. Elsewhere a masked sum, which fuses with
+    a pass over the same function's values; and where an explicit mesh shards the classes, or the
+    index alone, which refuses the gather.
     """
 
-    def gather(values, index):
+    def gather(arrays, index):
         index = jnp.maximum(index, 0)
-        if values.size == values.shape[axis]:
-            return jnp.take(values.ravel(), index, mode="clip")
-        return jnp.take_along_axis(values, index, axis, mode="clip")
 
-    def masked_sum(values, index):
+        def take(values):
+            if values.size == values.shape[axis]:
+                return jnp.take(values.ravel(), index, mode="clip")
+            return jnp.take_along_axis(values, index, axis, mode="clip")
+
+        return function(*(None if values is None else take(values) for values in arrays))
+
+    def masked_sum(arrays, index):
+        values = function(*arrays)
         return jnp.sum(jnp.where(_one_hot(index, values, axis), values, 0), axis, keepdims=True)
 
-    if jax.typeof(values).sharding.spec != jax.typeof(index).sharding.spec:
-        return masked_sum(values, index)
-    return jax.lax.platform_dependent(values, index, cpu=gather, default=masked_sum)
+    spec = jax.typeof(index).sharding.spec
+    if any(x is not None and jax.typeof(x).sharding.spec != spec for x in arrays):
+        return masked_sum(arrays, index)
+    return jax.lax.platform_dependent(arrays, index, cpu=gather, default=masked_sum)
 
 
 def _one_hot(index, x, axis):
@@ -216,8 +223,9 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
         spread = log_sum - mean
         sums.append(spread)
     if index is not None:
-        known = None if exists is None else pick(exists.astype(x.dtype), index, axis) > 0
-        sums.append(_centre(softcap, pick(x, index, axis), shift, known))
+        sums.append(
+            pick((x, exists), index, axis, lambda x, exists: _centre(softcap, x, shift, exists))
+        )
     if mass is not None:
         centred = _centre(softcap, x, shift, exists)
         q = unless_lost(mass(exists), centred)

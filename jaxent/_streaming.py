@@ -127,7 +127,7 @@ def sums_pass(plan, head, exists, index, keep=False):
         total = jnp.exp(change) * total + jnp.sum(jnp.exp(centred), -1, keepdims=True)
         if index is not None:
             here = (chunk.index >= 0) & (chunk.index < plan.chunk)
-            picked = jnp.where(here, pick(z, chunk.index, -1), picked)
+            picked = jnp.where(here, pick((z,), chunk.index, -1), picked)
         if head.mass is not None:
             q = unless_lost(chunk.mass(chunk.head), centred)
             target_sum += times(mass_sum, change) + jnp.sum(product(q, centred), -1, keepdims=True)
@@ -172,7 +172,7 @@ def _sums_jvp(plan, primals, tangents):
             parts["entropy"] = -product(jnp.exp(log_probs), log_probs)
         if index is not None:
             here = (chunk.index >= 0) & (chunk.index < plan.chunk)
-            parts["picked"] = jnp.where(here, pick(centred, chunk.index, -1), 0)
+            parts["picked"] = jnp.where(here, pick((centred,), chunk.index, -1), 0)
         if head.mass is not None:
             parts["mass_sum"] = q = unless_lost(chunk.mass(chunk.head), centred)
             parts["target_sum"] = product(q, centred)

@@ -148,7 +148,7 @@ def read_existing(exists, axis, classes: Names = ()):
 
 def pick_weight(weight, here, axis, classes: Names):
     """The class weight of each row's target; any value for an index out of range."""
-    chosen = pick(weight, here, axis)
+    chosen = pick((weight,), here, axis)
     return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
 
 
