@@ -36,15 +36,15 @@ def check_axis_name(argument: str, axis_name: Any) -> None:
 
 
 def meshes(*arrays: Array) -> list[Any]:
-    """The meshes known while tracing: those of the arrays' types, and the ambient one."""
-    known = [jax.typeof(x).sharding.mesh for x in arrays] + [jax.sharding.get_abstract_mesh()]
+    """The meshes known while tracing: the ambient one, and those of the arrays' types."""
+    known = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
     return [mesh for mesh in known if not mesh.empty]
 
 
 def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
     """Of each argument, its names that are mapped. What is neither mapped nor a mesh's raises."""
     on_mesh = {name for mesh in meshes(*arrays) for name in mesh.axis_names}
-    seen: dict[str, str] = {}
+    seen: dict[str, set[str]] = {}
     mapped = []
     for argument, axis_name in given.items():
         check_axis_name(argument, axis_name)
@@ -56,12 +56,16 @@ def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
                     "jax.shard_map, jax.pmap or jax.vmap maps, or one of the mesh of "
                     f"`with jax.set_mesh(mesh):`, {_listed(on_mesh)}"
                 )
-            if argument != "width_axis_name" and seen.setdefault(name, argument) != argument:
-                raise ValueError(
-                    f"{name!r} is in {seen[name]} and in {argument}: an axis splits either the "
-                    "examples or the classes"
-                )
+        if len({*names}) < len(names):
+            raise ValueError(f"{argument}={axis_name!r} names an axis twice")
+        seen[argument] = {*names}
         mapped.append(tuple(name for name in names if _is_mapped(name)))
+    for other in ("axis_name", "width_axis_name"):
+        if both := seen.get("class_axis_name", set()) & seen.get(other, set()):
+            raise ValueError(
+                f"{sorted(both)} are in class_axis_name and in {other}: an axis splits the classes "
+                f"or the {'width' if other == 'width_axis_name' else 'examples'}, not both"
+            )
     return tuple(mapped)
 
 
@@ -85,7 +89,15 @@ def _listed(names) -> str:
 
 
 def psum(values: Any, names: Names) -> Any:
-    return jax.lax.psum(values, names) if names else values
+    """The sums over mapped axes, of what varies over all, some or none of them."""
+    of_mesh = tuple(name for name in names if in_shard_map((name,)))
+    others = tuple(name for name in names if name not in of_mesh)
+    if of_mesh:
+        # JAX takes what varies over all of them, or is the same on all devices.
+        if any(_varying_axes(leaf) & {*of_mesh} for leaf in jax.tree.leaves(values)):
+            values = jax.tree.map(lambda leaf: _vary(leaf, frozenset(of_mesh)), values)
+        values = jax.lax.psum(values, of_mesh)
+    return jax.lax.psum(values, others) if others else values
 
 
 def num_shards(names: Names) -> int:
@@ -101,3 +113,33 @@ def local_index(index: Array, num_classes: int, names: Names) -> Array:
     """Class indices relative to this shard's classes; -1 for none, and for other shards'."""
     index = index - first_class(num_classes, names)
     return jnp.where((index >= 0) & (index < num_classes), index, -1) if names else index
+
+
+def vary_alike(*trees):
+    """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
+
+    A custom_vjp returns cotangents that vary as its arguments do; marking the arguments
+    outside of it lets JAX sum over devices what belongs to a replicated one.
+    """
+    leaves, structure = jax.tree.flatten(trees)
+    # A copy of a tracer compiles to nothing. JAX's custom_vjp refuses a NumPy array that
+    # `vmap` maps inside `jit`; of its copy it is not aware.
+    leaves = [jnp.copy(leaf) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
+    union = frozenset().union(*map(_varying_axes, leaves))
+    return jax.tree.unflatten(structure, [_vary(leaf, union) for leaf in leaves])
+
+
+def vary_like(x: Array, tree):
+    """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
+    axes = _varying_axes(x)
+    return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+
+
+def _vary(x, axes):
+    missing = tuple(axes - _varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _varying_axes(x: Array) -> frozenset:
+    kind = jax.typeof(x)
+    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # jax < 0.10: vma

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,23 +60,31 @@ def read_layout(
     free = _free_axes(mesh)
     partial = mesh is not None and len(free) < len(mesh.axis_names)
     whole = not any(flat_names((*_spec(hidden), *_spec(kernel))))
-    if not any(named) and (AxisType.Explicit not in free.values() or (partial and whole)):
+    typed = AxisType.Explicit in free.values() and not (whole and (partial or any(mapped)))
+    if not any(named) and not typed:
         sizes = [mesh.shape[name] for name in free] if mesh else [jax.device_count()]
         examples, classes, width = mapped
         return Layout(examples, classes, width, alone=any(mapped) or math.prod(sizes) == 1)
 
+    assert mesh is not None  # it has the names, or is in the types
     if partial:
         raise ValueError(
             f"jax.shard_map maps some axes of the mesh here, and {sorted(free)} are left to split "
             "the head, whose gradient JAX cannot compile there; let it map all of them "
             "(axis_names), and pass axis_name, class_axis_name and width_axis_name"
         )
+    if mapped[1] or mapped[2]:
+        raise ValueError(
+            f"{mapped[1] or mapped[2]} are mapped here and split the kernel, which the mesh splits "
+            "too: let one of them do it"
+        )
     *tokens, features = map(flat_names, _spec(hidden))
-    sides = [flat_names(_spec(kernel)[axis]) for axis in (class_axis, 1 - class_axis)]
+    of_kernel = [flat_names(_spec(kernel)[axis]) for axis in (class_axis, 1 - class_axis)]
     split = f"hidden is {list(hidden.shape)}, split as {_spec(hidden)}, kernel "
     split += f"{list(kernel.shape)}, split as {_spec(kernel)}"
-    for argument, names, typed in zip(given, named, (sum(tokens, ()), *sides)):
-        if absent := [n for n in names if free[n] == AxisType.Explicit and n not in typed]:
+    for argument, names, sides in zip(given, named, (sum(tokens, ()), *of_kernel)):
+        absent = [n for n in names if free[n] == AxisType.Explicit and n not in sides]
+        if absent := [n for n in absent if mesh.shape[n] > 1]:
             raise ValueError(
                 f"{split}: not over {absent}, as {argument}={given[argument]!r} says; on an "
                 f"explicit mesh leave {argument} out, or split the array by jax.sharding.reshard"
@@ -84,14 +93,14 @@ def read_layout(
     by_dimension = list(axis_name) if isinstance(axis_name, P) else [named[0]]
     if named[0] and len(by_dimension) > len(tokens):
         raise ValueError(
-            f"axis_name={axis_name!r} has {len(by_dimension)} dimensions, the tokens of hidden, "
-            f"{list(hidden.shape)}, have {len(tokens)}"
+            f"axis_name={axis_name!r} splits {len(by_dimension)} dimensions of tokens; hidden, "
+            f"{list(hidden.shape)}, has {len(tokens)}"
         )
     by_dimension += [()] * (len(tokens) - len(by_dimension))
-    automatic = [[n for n in flat_names(e) if free[n] == AxisType.Auto] for e in by_dimension]
-    tokens = [_union(typed, names) for typed, names in zip(tokens, automatic)]
-    classes, width = (_union(typed, names) for typed, names in zip(sides, named[1:]))
-    layout = Layout((), classes, width, mesh, tuple(tokens))
+    automatic = [[n for n in flat_names(e) if free.get(n) == AxisType.Auto] for e in by_dimension]
+    tokens = list(map(_union, tokens, automatic))
+    classes, width = map(_union, of_kernel, named[1:])
+    layout = Layout(mapped[0], classes, width, mesh, tuple(tokens))
     if features:
         raise ValueError(
             f"{split}: its last axis must be whole; pass "
@@ -171,29 +180,56 @@ def on_shards(
 
     specs = layout.of_hidden(), layout.of_kernel(class_axis), jax.tree.map(spec_of, rest)
     free = _free_axes(layout.mesh)
+    if AxisType.Explicit in free.values():
+        lay_out = functools.partial(_lay_out, layout.mesh, free)
+        hidden, kernel, rest = jax.tree.map(lay_out, (hidden, kernel, rest), specs)
+    # An explicit axis that splits nothing is left out: it may be one that `vmap` goes over.
+    used = {*sum(layout.tokens, ()), *layout.classes, *layout.width}
+    names = {name for name, kind in free.items() if name in used or kind == AxisType.Auto}
+    if not names:
+        return function(hidden, kernel, rest)
     mapped = jax.shard_map(
         function,
         mesh=layout.mesh,
         in_specs=specs,
         out_specs=P() if scalar else layout.of_hidden(),
-        axis_names=set(free),
+        axis_names=names,
     )
-    if AxisType.Explicit in free.values():
-        lay_out = functools.partial(_lay_out, layout.mesh, free)
-        hidden, kernel, rest = jax.tree.map(lay_out, (hidden, kernel, rest), specs)
     return mapped(hidden, kernel, rest)
 
 
 def _lay_out(mesh, free, x, spec):
-    """As its type has to say on an explicit mesh. What is whole on each device is cut."""
+    """Split as its type has to say on an explicit mesh. What is whole on each device is cut."""
     wanted = [tuple(n for n in flat_names(e) if free[n] == AxisType.Explicit) for e in spec]
-    typed = [flat_names(entry) for entry in _spec(x)]
-    if sum(size > 1 for size in x.shape) > 1:
-        for has, wants in zip(typed, wanted):
-            if has and has != wants:
-                raise ValueError(
-                    f"an array of the logits' dimensions, {list(x.shape)}, is split as "
-                    f"{_spec(x)}, and hidden and kernel as {spec} would have it: pass targets and "
-                    f"class_mask split like that, jax.sharding.reshard(..., {spec})"
-                )
     return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(_entry, wanted))))
+
+
+def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any) -> list[Any]:
+    """Arrays of the tokens, or of the logits' dimensions, split on an explicit mesh as hidden is.
+
+    What has few numbers is moved for it; what has the logits' size is not, and raises.
+    """
+    free = _free_axes(layout.mesh)
+    if AxisType.Explicit not in free.values():
+        return list(arrays.values())
+    logits = (*hidden.shape[:-1], num_classes)
+
+    def like_hidden(name, x):
+        full = logits
+        if x is None or (x := jnp.asarray(x)).ndim < len(logits):
+            full = logits[:-1]
+        if x is None or x.ndim > len(full) or (name == "class_mask" and x.ndim < len(logits)):
+            return x
+        entries = [_entry(names) for names in (*layout.tokens, layout.classes)]
+        whole, entries = full[len(full) - x.ndim :], entries[len(full) - x.ndim : len(full)]
+        sizes = zip(entries, x.shape, whole)
+        spec = P(*(entry if size == all_ else None for entry, size, all_ in sizes))
+        moved = any(a and a != b for a, b in zip(_spec(x), spec))
+        if moved and len(full) == len(logits):
+            raise ValueError(
+                f"{name} is {list(x.shape)}, split as {_spec(x)}, and hidden and kernel are split "
+                f"for {spec}: pass jax.sharding.reshard({name}, {spec})"
+            )
+        return _lay_out(layout.mesh, free, x, spec)
+
+    return [like_hidden(name, x) for name, x in arrays.items()]

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._axes import vary_alike
+
 
 def compute_dtype(*arrays: Any):
     """float64 if one has dtype float64, else float32."""
@@ -297,33 +299,3 @@ def unless_lost(q, centred):
     """q, of the rows' shape; without derivative where no mass meets an infinite loss."""
     q = q.astype(centred.dtype)
     return jnp.where((q == 0) & ~jnp.isfinite(centred), 0, q)
-
-
-def vary_alike(*trees):
-    """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
-
-    A custom_vjp returns cotangents that vary as its arguments do; marking the arguments
-    outside of it lets JAX sum over devices what belongs to a replicated one.
-    """
-    leaves, structure = jax.tree.flatten(trees)
-    # A copy of a tracer compiles to nothing. JAX's custom_vjp refuses a NumPy array that
-    # `vmap` maps inside `jit`; of its copy it is not aware.
-    leaves = [jnp.copy(leaf) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
-    union = frozenset().union(*map(_varying_axes, leaves))
-    return jax.tree.unflatten(structure, [_vary(leaf, union) for leaf in leaves])
-
-
-def vary_like(x: Array, tree):
-    """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
-    axes = _varying_axes(x)
-    return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
-
-
-def _vary(x, axes):
-    missing = tuple(axes - _varying_axes(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def _varying_axes(x: Array) -> frozenset:
-    kind = jax.typeof(x)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # jax < 0.10: vma

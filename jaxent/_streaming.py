@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ._axes import vary_alike, vary_like
 from ._chunks import (
     Head,
     Plan,
@@ -35,8 +36,6 @@ from ._softmax import (
     product,
     times,
     unless_lost,
-    vary_alike,
-    vary_like,
 )
 
 

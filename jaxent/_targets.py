@@ -178,10 +178,24 @@ def read_indices(targets: Array, num_classes: int | None, ignore_index):
 
 def _check_in_range(targets, outside, num_classes):
     """Under checkify, an error that names an index; nothing otherwise."""
-    limits = jnp.iinfo(targets.dtype)
-    named = jnp.max(jnp.where(outside, targets, limits.min), initial=limits.min)
+    found, named = _worst(targets, outside)
     checkify.debug_check(
-        ~jnp.any(outside),
+        ~found,
         "target {index} is outside [0, " + f"{num_classes}), the classes of the logits",
         index=named,
     )
+
+
+@jax.custom_batching.custom_vmap
+def _worst(targets, outside):
+    """Whether any target is out of range, and the largest that is."""
+    limits = jnp.iinfo(targets.dtype)
+    named = jnp.max(jnp.where(outside, targets, limits.min), initial=limits.min)
+    return jnp.any(outside), named
+
+
+@_worst.def_vmap
+def _worst_of_batch(size, in_batched, targets, outside):
+    """Of the whole batch: what checkify does with a check for each sorts the batch, which an
+    explicit mesh that splits it refuses, and an empty one too."""
+    return _worst(targets, outside), (False, False)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._axes import vary_alike, vary_like
 from ._chunks import (
     Head,
     Plan,
@@ -25,7 +26,7 @@ from ._chunks import (
     take_slice,
     zero_gradients,
 )
-from ._softmax import RowSums, compute_dtype, vary_alike, vary_like
+from ._softmax import RowSums, compute_dtype
 from ._streaming import head_sums, streamed_sums, sums_pass
 
 # Tokens. With chunks of 1024 classes, the fastest of 128, 256, 512 and 1024 for (2048, 2048,

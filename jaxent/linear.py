@@ -30,7 +30,7 @@ from ._arguments import (
 )
 from ._axes import AxisName, flat_names, in_shard_map, local_index, psum
 from ._chunks import Head, Plan, choose_chunk
-from ._mesh import Layout, on_shards, read_layout
+from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._reduction import reduce
 from ._shards import whole_best, whole_rows
 from ._softmax import along, compute_dtype
@@ -111,10 +111,12 @@ def linear_cross_entropy(
         softcap: as in `jaxent.cross_entropy`, with logits (..., C).
       axis_name: mapped axis or axes over which tokens are split. On an automatic mesh, of the
         first dimension of the tokens; a `jax.sharding.PartitionSpec` names those of several.
-      class_axis_name: those over which classes are split: kernel, bias, weight, class_mask
-        and probabilities are this shard's, class indices those of the whole.
+      class_axis_name: those over which classes are split. Where they are mapped, kernel,
+        bias, weight, class_mask and probabilities are this shard's; class indices are those of
+        the whole everywhere.
       width_axis_name: those over which the kernel's D is split, as FSDP does. They split the
-        tokens too. Each chunk is gathered when its turn comes, and is larger over many.
+        tokens too. Each chunk is gathered when its turn comes, and is larger over many; of
+        axes of `vmap` and `pmap` all of the kernel is, before.
 
     Returns:
       float32, float64 for a float64 `dtype`: a scalar, or for "none" the shape (...).
@@ -256,9 +258,16 @@ def read_head(
         # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
         kernel = jax.lax.all_gather(kernel, layout.width, axis=1 - class_axis, tiled=True)
         layout = layout._replace(width=())
+    targets = read_head_targets(targets, hidden, num_classes)
+    if layout.mesh is not None:
+        names = "sample_weight", "class_mask"
+        targets, *others = lay_out_like(
+            hidden, layout, num_classes, targets=targets, **{n: keywords.get(n) for n in names}
+        )
+        keywords |= dict(zip(names, others))
     rows = read_rows(
         jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), dtype),
-        read_head_targets(targets, hidden, num_classes),
+        targets,
         name="logits",
         axis=-1,
         classes=layout.classes if layout.mesh is None else (),

@@ -151,10 +151,7 @@ def test_what_is_not_finite_is_as_loud_as_in_whole_rows(function, smoothing):
         keywords |= {"label_smoothing": smoothing, "z_loss": 0.01}
 
     def losses(x, s, **names):
-        return getattr(jaxent, function)(x, y_of(names), sample_weight=s, **keywords, **names)
-
-    def y_of(names):
-        return y
+        return getattr(jaxent, function)(x, y, sample_weight=s, **keywords, **names)
 
     mapped = jax.shard_map(
         lambda x, s: losses(x, s, class_axis_name="model"),
