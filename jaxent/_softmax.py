@@ -97,11 +97,14 @@ def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) ->
 
     Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes.
     """
-    x = jax.lax.stop_gradient(x).astype(compute_dtype(x))
-    if exists is not None:
-        x = jnp.where(exists, x, -jnp.inf)
-    top = jnp.max(x, axis, keepdims=True)
+    top = jnp.max(_shown(jax.lax.stop_gradient(x), exists), axis, keepdims=True)
     return cap(softcap, jnp.maximum(top, jnp.finfo(top.dtype).min))
+
+
+def _shown(x, exists):
+    """x in float32, -inf where no class exists: the maximum's and the target's pass."""
+    x = x.astype(compute_dtype(x))
+    return x if exists is None else jnp.where(exists, x, -jnp.inf)
 
 
 def first_best(scores: Array, axis: int) -> Array:
@@ -225,9 +228,8 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
         spread = log_sum - mean
         sums.append(spread)
     if index is not None:
-        sums.append(
-            pick((x, exists), index, axis, lambda x, exists: _centre(softcap, x, shift, exists))
-        )
+        known = None if exists is None else pick((exists,), index, axis, jnp.float32) > 0
+        sums.append(_centre(softcap, pick((x, exists), index, axis, _shown), shift, known))
     if mass is not None:
         centred = _centre(softcap, x, shift, exists)
         q = unless_lost(mass(exists), centred)
@@ -238,6 +240,10 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
 
 def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
     x, shift, exists, index, mass, log_sum, spread = residuals
+    if softcap is not None:
+        # Or XLA holds the capped logits of the forward pass: of bfloat16 ones a float32 array of
+        # their size (jax 0.10.2, ahead of time for an H100).
+        x = jax.lax.optimization_barrier(x)
     asked = (shift is not None, entropy, index is not None, mass is not None)
     q, pull = (None, None) if mass is None else jax.vjp(lambda mass: mass(exists), mass)
     d_x, d_q = row_gradients(
