@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import targets as accelerators
+from tables import header, line
 
 import jaxent
 
@@ -81,9 +82,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose name contains this")
     only = parser.parse_args().only
-    print(f"With {', '.join(f'{p} {importlib.metadata.version(p)}' for p in ('jax', 'optax'))}.\n")
-    print("| device | dtype | loss | scratch, MB | bytes touched, of three passes |")
-    print("| --- | --- | --- | --- | --- |")
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "optax"))
+    columns = "device", "dtype", "loss", "scratch, MB", "bytes touched, of three passes"
+    header(f"With {versions}.", *columns)
     missing = []
     for device in accelerators.NAMES:
         try:
@@ -96,9 +97,7 @@ def main():
                 if only in f"{device} {dtype} {name}":
                     scratch, touched = measure(device, dtype, *case)
                     touched = f"{touched:.3f}" if touched else ""
-                    print(
-                        f"| {device} | {dtype} | {name} | {scratch:.1f} | {touched} |", flush=True
-                    )
+                    line(device, dtype, name, f"{scratch:.1f}", touched)
     print("\n".join(["", *missing]))
 
 

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import targets as accelerators
+from tables import header, line
 
 import jaxent
 
@@ -177,16 +178,6 @@ def times(runs, reps):
         for name, own in seconds.items()
     }
     return first | ratios | {"naive": statistics.median(seconds["naive"])}
-
-
-def line(*cells):
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def header(caption, *cells):
-    print(f"{caption}\n")
-    line(*cells)
-    line(*("---" for _ in cells))
 
 
 def footer():

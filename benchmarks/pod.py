@@ -29,6 +29,7 @@ import jax
 import targets as accelerators
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tables import header, line
 
 import jaxent
 
@@ -184,16 +185,6 @@ def outcome(function, *arguments):
     except Exception as error:
         asked = re.search(r"([\d.]+[MG])\b.* exceeds|Used ([\d.]+[MG]) of", str(error))
         return f"does not fit: {asked[1] or asked[2]}" if asked else type(error).__name__
-
-
-def line(*cells):
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def header(caption, *cells):
-    print(f"{caption}\n")
-    line(*cells)
-    line(*("---" for _ in cells))
 
 
 def mb(size):

@@ -37,6 +37,13 @@ class Layout(NamedTuple):
         sides = _entry(self.width), _entry(self.classes)
         return P(*(sides if class_axis else reversed(sides)))
 
+    def of_part(self, shape: tuple[int, ...], whole: tuple[int, ...]) -> P:
+        """Of an array that broadcasts to the logits' shape, or to that of the tokens."""
+        entries = [_entry(names) for names in (*self.tokens, self.classes)][: len(whole)]
+        skip = len(whole) - len(shape)
+        sizes = zip(entries[skip:], shape, whole[skip:])
+        return P(*(entry if size == full else None for entry, size, full in sizes))
+
 
 def read_layout(
     hidden: Array,
@@ -82,9 +89,9 @@ def read_layout(
     of_kernel = [flat_names(_spec(kernel)[axis]) for axis in (class_axis, 1 - class_axis)]
     split = f"hidden is {list(hidden.shape)}, split as {_spec(hidden)}, kernel "
     split += f"{list(kernel.shape)}, split as {_spec(kernel)}"
-    for argument, names, sides in zip(given, named, (sum(tokens, ()), *of_kernel)):
-        absent = [n for n in names if free[n] == AxisType.Explicit and n not in sides]
-        if absent := [n for n in absent if mesh.shape[n] > 1]:
+    for argument, names, found in zip(given, named, (sum(tokens, ()), *of_kernel)):
+        explicit = [n for n in names if free[n] == AxisType.Explicit and mesh.shape[n] > 1]
+        if absent := [n for n in explicit if n not in found]:
             raise ValueError(
                 f"{split}: not over {absent}, as {argument}={given[argument]!r} says; on an "
                 f"explicit mesh leave {argument} out, or split the array by jax.sharding.reshard"
@@ -171,12 +178,10 @@ def on_shards(
     """
     if layout.mesh is None:
         return function(hidden, kernel, rest)
-    entries = [_entry(names) for names in (*layout.tokens, layout.classes)]
     logits = (*hidden.shape[:-1], kernel.shape[class_axis])
 
     def spec_of(x):
-        sizes = zip(entries, x.shape, logits) if x.ndim == len(logits) else ()
-        return P(*(entry if size == whole else None for entry, size, whole in sizes))
+        return layout.of_part(x.shape, logits) if x.ndim == len(logits) else P()
 
     specs = layout.of_hidden(), layout.of_kernel(class_axis), jax.tree.map(spec_of, rest)
     free = _free_axes(layout.mesh)
@@ -215,17 +220,15 @@ def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any)
     logits = (*hidden.shape[:-1], num_classes)
 
     def like_hidden(name, x):
-        full = logits
-        if x is None or (x := jnp.asarray(x)).ndim < len(logits):
-            full = logits[:-1]
-        if x is None or x.ndim > len(full) or (name == "class_mask" and x.ndim < len(logits)):
+        if x is None:
             return x
-        entries = [_entry(names) for names in (*layout.tokens, layout.classes)]
-        whole, entries = full[len(full) - x.ndim :], entries[len(full) - x.ndim : len(full)]
-        sizes = zip(entries, x.shape, whole)
-        spec = P(*(entry if size == all_ else None for entry, size, all_ in sizes))
+        x = jnp.asarray(x)
+        whole = logits if x.ndim == len(logits) else logits[:-1]
+        if x.ndim > len(whole) or (name == "class_mask" and len(whole) < len(logits)):
+            return x
+        spec = layout.of_part(x.shape, whole)
         moved = any(a and a != b for a, b in zip(_spec(x), spec))
-        if moved and len(full) == len(logits):
+        if moved and len(whole) == len(logits):
             raise ValueError(
                 f"{name} is {list(x.shape)}, split as {_spec(x)}, and hidden and kernel are split "
                 f"for {spec}: pass jax.sharding.reshard({name}, {spec})"

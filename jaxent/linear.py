@@ -254,7 +254,7 @@ def read_head(
     )
     num_classes = kernel.shape[class_axis]
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
-    if layout.width and not in_shard_map(layout.width) and layout.mesh is None:
+    if layout.mesh is None and not in_shard_map(layout.width):
         # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
         kernel = jax.lax.all_gather(kernel, layout.width, axis=1 - class_axis, tiled=True)
         layout = layout._replace(width=())

@@ -44,8 +44,13 @@ jit = functools.partial(
 )
 
 
+def make_mesh(kind, **sizes):
+    types = (MESHES[kind],) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
 def auto_mesh(shape=(SHARDS,), names=("data",)):
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+    return make_mesh("auto", **dict(zip(names, shape)))
 
 
 COLLECTIVE = re.compile(

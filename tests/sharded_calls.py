@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from sharded import floats, jit
 
 import jaxent
 
@@ -243,6 +244,22 @@ CASES = {
 
 def specs(tree):
     return {name: P(*AXES[name]) for name in tree}
+
+
+def call(case, names, module=jaxent):
+    return lambda tree: CASES[case][0](module, tree, names)
+
+
+def with_gradients(f):
+    def evaluated(tree):
+        return jax.value_and_grad(lambda some: f(tree | some))(floats(tree))
+
+    return evaluated
+
+
+@functools.cache
+def whole(case):
+    return jit(with_gradients(call(case, WHOLE)))(given(case))
 
 
 # ---- Nested vmaps and pmaps, over the shards of one array dimension each -----------------

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from sharded import assert_equal, auto_mesh, floats, jit
+from sharded import assert_equal, floats, jit, make_mesh
 from sharded_calls import (
     AXES,
     CASES,
@@ -19,9 +19,12 @@ from sharded_calls import (
     SIZES,
     WHOLE,
     arrays,
+    call,
     given,
     nested,
     over_mesh,
+    whole,
+    with_gradients,
 )
 
 import jaxent
@@ -30,7 +33,7 @@ from jaxent import reference
 
 @functools.cache
 def mesh():
-    return auto_mesh((2, 4), ("data", "model"))
+    return make_mesh("auto", **SIZES)
 
 
 WAYS = {
@@ -46,22 +49,6 @@ FULLEST = (
     "linear, width split",
     "linear_token_stats",
 )
-
-
-def call(case, names, module=jaxent):
-    return lambda tree: CASES[case][0](module, tree, names)
-
-
-def with_gradients(f):
-    def evaluated(tree):
-        return jax.value_and_grad(lambda some: f(tree | some))(floats(tree))
-
-    return evaluated
-
-
-@functools.cache
-def whole(case):
-    return jit(with_gradients(call(case, WHOLE)))(given(case))
 
 
 def test_the_calls_are_what_these_tests_need():

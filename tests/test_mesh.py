@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded import MESHES, assert_equal, collectives, floats, jit, laid_out
-from sharded_calls import AUTO, AXES, CASES, WHOLE, given, specs
-from test_class_sharding import call, whole, with_gradients
+from sharded import MESHES, assert_equal, collectives, floats, jit, laid_out, make_mesh
+from sharded_calls import AUTO, AXES, CASES, WHOLE, call, given, specs, whole, with_gradients
 
 import jaxent
 import jaxent._total
@@ -23,11 +22,6 @@ from jaxent import _softmax
 
 kinds = pytest.mark.parametrize("kind", MESHES)
 TOLD = {"auto": AUTO, "explicit": WHOLE}
-
-
-def make_mesh(kind, **sizes):
-    types = (MESHES[kind],) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
 def lay_out(mesh, tree, specs):
