@@ -1,0 +1,234 @@
+"""The engine: sides timed in turn, rows of figures, kept as JSON, shown as a table and a chart.
+
+A question is a module with a docstring (its first line is the title) and
+
+    UNIT, SIDES   what is counted, and the columns
+    BOUND         what jaxent has to keep, in words
+    rows(options) the rows, one after the other
+
+whose rows are `Row`s. Nothing here knows what is measured.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "tokamax", "jax-cce", "libtpu")
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds: the median, and the middle half of the runs."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass
+class Row:
+    """One case, and what each side did in it: a number, a Timing, or why there is none.
+
+    `score` is the figure that is bounded, `bound` its bound; None where there is none.
+    """
+
+    case: dict[str, Any]
+    values: dict[str, Any]
+    score: float | None = None
+    bound: float | None = None
+    notes: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join(map(str, self.case.values()))
+
+
+def outcome(function: Callable, *arguments: Any, **keywords: Any) -> Any:
+    """Its result, or the name of its exception."""
+    try:
+        return function(*arguments, **keywords)
+    except Exception as error:
+        return type(error).__name__
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], reps: int, least: float = 0.02) -> dict:
+    """A Timing for each side, or the name of its exception.
+
+    The sides take turns, so that what else the machine does falls on all of them. A turn runs
+    a side for at least `least` seconds (a fast one several times, and its mean counts), after one
+    run that compiles and one that warms up. A side's order within a turn changes by turn.
+    """
+    first = {name: outcome(run) for name, run in runs.items()}
+    failed = {name: x for name, x in first.items() if isinstance(x, str)}
+    alive = [name for name in runs if name not in failed]
+    del first
+    counts = {}
+    for name in alive:
+        start = time.perf_counter()
+        runs[name]()
+        counts[name] = max(1, round(least / (time.perf_counter() - start)))
+    seconds = {name: [] for name in alive}
+    gc.collect()
+    for turn, i in itertools.product(range(reps), range(len(alive))):
+        name = alive[(i + turn) % len(alive)]
+        start = time.perf_counter()
+        for _ in range(counts[name]):
+            runs[name]()
+        seconds[name].append((time.perf_counter() - start) / counts[name])
+    return {name: failed.get(name) or summary(seconds[name]) for name in runs}
+
+
+def summary(seconds: list[float]) -> Timing:
+    ordered = sorted(seconds)
+    quarter = len(ordered) // 4
+    return Timing(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
+
+
+def number(value: Any) -> float | None:
+    """The figure of a value; None where it is not one."""
+    if isinstance(value, Timing):
+        return value.median
+    if isinstance(value, dict):
+        return value["median"]
+    return value if isinstance(value, (int, float)) else None
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines()
+                 if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{os.cpu_count()} cores of {model}"
+
+
+def versions() -> dict[str, str]:
+    """Of what the sides are made of; "" for what is not installed."""
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def record(question: Any, name: str, options: argparse.Namespace) -> dict:
+    """Run a question: its rows are printed as they come, and returned with where and when."""
+    found = []
+    for row in question.rows(options):
+        if not found:
+            header(row.case, question)
+        found.append(row)
+        print(line(dataclasses.asdict(row), question.SIDES, question.UNIT), flush=True)
+    return {
+        "question": name,
+        "title": question.__doc__.splitlines()[0],
+        "unit": question.UNIT,
+        "sides": list(question.SIDES),
+        "bound": question.BOUND,
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+        "rows": [dataclasses.asdict(row) for row in found],
+    }
+
+
+def cells(values: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def header(case: dict, question: Any) -> None:
+    columns = [*case, *question.SIDES, "jaxent's score", "bound"]
+    print(f"\n{question.__doc__.splitlines()[0]} Unit: {question.UNIT}. {question.BOUND}\n")
+    print(cells(columns))
+    print(cells("---" for _ in columns))
+
+
+def shown(value: Any, unit: str) -> str:
+    figure = number(value)
+    if figure is None:
+        return "" if value is None else str(value)
+    figure *= 1000 if unit == "ms" and not isinstance(value, (int, float)) else 1
+    return f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:.0f}"
+
+
+def line(row: dict, sides: Iterable[str], unit: str) -> str:
+    score, bound = row["score"], row["bound"]
+    outside = score is not None and bound is not None and score > bound
+    verdict = "" if score is None else f"**{score:.3g}**" if outside else f"{score:.3g}"
+    return cells(
+        [
+            *row["case"].values(),
+            *(shown(row["values"].get(side), unit) for side in sides),
+            verdict + (f" ({row['notes']})" if row["notes"] else ""),
+            "" if bound is None else f"{bound:.3g}",
+        ]
+    )
+
+
+def table(saved: dict) -> str:
+    """The Markdown table of a record."""
+    columns = [*saved["rows"][0]["case"], *saved["sides"], "jaxent's score", "bound"]
+    body = [line(row, saved["sides"], saved["unit"]) for row in saved["rows"]]
+    return "\n".join([cells(columns), cells("---" for _ in columns), *body])
+
+
+def origin(saved: dict) -> str:
+    """Where and when, for a caption."""
+    used = [f"{k} {v}" for k, v in saved["versions"].items() if v and k != "libtpu"]
+    return f"{saved['machine']}; {', '.join(used)}; {saved['date']}"
+
+
+def save(saved: dict, path: pathlib.Path) -> None:
+    path.write_text(json.dumps(saved, indent=1) + "\n")
+
+
+def chart(saved: dict, path: pathlib.Path, *, relative_to: str | None = None, label: str = "",
+          only: Callable[[dict], bool] = lambda row: True, log: bool = True) -> None:
+    """Bars of each row's sides, grouped by case; `relative_to` divides them by one side's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in saved["rows"] if only(row)]
+    sides = [s for s in saved["sides"] if any(number(r["values"].get(s)) is not None for r in rows)]
+    figure, axes = plt.subplots(figsize=(10, 0.16 * len(sides) * len(rows) + 1.6))
+    height = 0.8 / len(sides)
+    for i, side in enumerate(sides):
+        places, lengths = [], []
+        for j, row in enumerate(rows):
+            value = number(row["values"].get(side))
+            base = number(row["values"].get(relative_to)) if relative_to else 1
+            if value is not None and base:
+                places.append(j + i * height)
+                lengths.append(value / base)
+        color = "black" if side == "jaxent" else plt.get_cmap("tab10")(i)
+        axes.barh(places, lengths, height, label=side, color=color)
+    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(rows))],
+                    [" ".join(map(str, row["case"].values())) for row in rows])
+    axes.invert_yaxis()
+    if log:
+        axes.set_xscale("log")
+    if relative_to:
+        axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel(label or saved["unit"])
+    axes.set_title(saved["title"], fontsize=10)
+    axes.legend(fontsize=7)
+    figure.text(0.01, 0.005, origin(saved), fontsize=6, color="grey")
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
