@@ -12,7 +12,6 @@ nothing unless `--out` says where. Each question runs in a process of its own.
 
 import argparse
 import importlib
-import json
 import os
 import pathlib
 import subprocess
@@ -39,7 +38,8 @@ ENVIRONMENT = {
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__,
+        prog="python -m benchmarks",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("questions", nargs="*", choices=(*QUESTIONS, "all", "draw"), default=[])
@@ -59,8 +59,9 @@ def main():
         command = [sys.executable, "-m", "benchmarks", name, "--here", "--reps", str(options.reps)]
         command += ["--only", options.only] if options.only else []
         command += ["--out", str(options.out)] if options.out else []
-        subprocess.run(command, check=True, env=ENVIRONMENT.get(name, {}) | os.environ,
-                       cwd=HERE.parent)
+        subprocess.run(
+            command, check=True, env=ENVIRONMENT.get(name, {}) | os.environ, cwd=HERE.parent
+        )
     draw(options)
 
 

@@ -20,6 +20,7 @@ import os
 import pathlib
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -108,14 +109,18 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return f"{os.cpu_count()} cores of {model}"
 
 
 def versions() -> dict[str, str]:
     """Of what the sides are made of; "" for what is not installed."""
+
     def version(package):
         try:
             return importlib.metadata.version(package)
@@ -196,39 +201,66 @@ def save(saved: dict, path: pathlib.Path) -> None:
     path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def chart(saved: dict, path: pathlib.Path, *, relative_to: str | None = None, label: str = "",
-          only: Callable[[dict], bool] = lambda row: True, log: bool = True) -> None:
-    """Bars of each row's sides, grouped by case; `relative_to` divides them by one side's."""
+def chart(
+    saved: dict,
+    path: pathlib.Path,
+    *,
+    relative_to: str | None = None,
+    label: str = "",
+    only: Callable[[dict], bool] = lambda row: True,
+    hide: tuple[str, ...] = (),
+    floor: float = 0,
+    log: bool = True,
+) -> None:
+    """Bars of each row's sides, grouped by case; `relative_to` divides them by one side's.
+
+    `hide` are keys of the case that a group's name leaves out, `floor` is the shortest bar.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in saved["rows"] if only(row)]
+    if relative_to:
+        rows = [row for row in rows if number(row["values"].get(relative_to))]
     sides = [s for s in saved["sides"] if any(number(r["values"].get(s)) is not None for r in rows)]
-    figure, axes = plt.subplots(figsize=(10, 0.16 * len(sides) * len(rows) + 1.6))
-    height = 0.8 / len(sides)
-    for i, side in enumerate(sides):
-        places, lengths = [], []
-        for j, row in enumerate(rows):
-            value = number(row["values"].get(side))
-            base = number(row["values"].get(relative_to)) if relative_to else 1
-            if value is not None and base:
-                places.append(j + i * height)
-                lengths.append(value / base)
-        color = "black" if side == "jaxent" else plt.get_cmap("tab10")(i)
-        axes.barh(places, lengths, height, label=side, color=color)
-    axes.set_yticks([j + 0.4 - height / 2 for j in range(len(rows))],
-                    [" ".join(map(str, row["case"].values())) for row in rows])
-    axes.invert_yaxis()
+    palette = plt.get_cmap("Set2").colors
+    colors = {side: palette[i % len(palette)] for i, side in enumerate(sides)}
+    colors["jaxent"] = "#0b3d91"
+    bars = {side: ([], []) for side in sides}  # places, lengths
+    ticks, names, place = [], [], 0
+    for row in rows:
+        base = number(row["values"][relative_to]) if relative_to else 1
+        figures = {side: number(row["values"].get(side)) for side in sides}
+        figures = {side: x / base for side, x in figures.items() if x is not None}
+        ticks.append(place + (len(figures) - 1) / 2)
+        names.append(" ".join(str(x) for key, x in row["case"].items() if key not in hide))
+        for side, figure in figures.items():
+            bars[side][0].append(place)
+            bars[side][1].append(max(figure, floor))
+            place += 1
+        place += 1
+    inches = 0.1 * place + 1.6
+    figure, axes = plt.subplots(figsize=(10, inches), layout="constrained", facecolor="white")
+    for side, (places, lengths) in bars.items():
+        axes.barh(places, lengths, 1, label=side, color=colors[side], edgecolor="white", lw=0.4)
+    axes.set_yticks(ticks, names, fontsize=9)
+    axes.set_ylim(place - 1, -1)
+    axes.tick_params(axis="y", length=0)
     if log:
         axes.set_xscale("log")
+    if floor:
+        axes.set_xlim(left=floor * 0.9)
     if relative_to:
         axes.axvline(1, color="grey", linewidth=0.8)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel(label or saved["unit"])
-    axes.set_title(saved["title"], fontsize=10)
-    axes.legend(fontsize=7)
-    figure.text(0.01, 0.005, origin(saved), fontsize=6, color="grey")
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    axes.set_title(saved["title"], fontsize=11, loc="left")
+    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    caption = textwrap.fill(origin(saved), 150)
+    figure.supxlabel(caption, fontsize=7, color="grey", x=0.01, ha="left")
     figure.savefig(path, dpi=120)
     plt.close(figure)

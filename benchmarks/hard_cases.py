@@ -1,6 +1,6 @@
 """What optax, t5x, PyTorch and jaxent do in the hard cases, as a table of what came out.
 
-    python benchmarks/hard_cases.py
+    python -m benchmarks.hard_cases
 
 Every cell is the result of running its code here: a number, or the error that was raised.
 A library that is not installed leaves its column empty. t5x is not on PyPI: install it from

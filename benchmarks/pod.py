@@ -1,6 +1,6 @@
 """A training pod that is not here: memory and communication of a chip, by ahead-of-time compiling.
 
-    python benchmarks/pod.py [--tokens 16384 131072 1048576] [--only TEXT] [--all]
+    python -m benchmarks.pod [--tokens 16384 131072 1048576] [--only TEXT] [--all]
 
 Loss and gradients, bfloat16, on an explicit mesh of data x model chips: the dense form takes
 logits P("data", "model"), the linear one hidden states P("data", None) and a kernel
@@ -26,12 +26,13 @@ import re
 from typing import NamedTuple
 
 import jax
-import targets as accelerators
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tables import header, line
 
 import jaxent
+
+from . import targets as accelerators
+from .tables import header, line
 
 TOKENS = (2**14, 2**17, 2**20)
 FORMS = ("dense", "linear", "linear FSDP")

@@ -227,7 +227,7 @@ def scatter_slice(total, part, start, axis):
 
 def chunk_gradients(plan, floats, exists, index, i, logits=None):
     """Where a chunk starts and what it adds to the gradients."""
-    head, shift, log_sum, entropy, cotangents = floats
+    head, shift, total, entropy, cotangents = floats
     chunk = read_chunk(plan, head, exists, index, i)
     if logits is None:
         logits = chunk_logits(plan, chunk.head)
@@ -242,7 +242,7 @@ def chunk_gradients(plan, floats, exists, index, i, logits=None):
         chunk.shown,
         chunk.index,
         q,
-        log_sum,
+        total,
         entropy,
         cotangents,
     )

@@ -13,14 +13,14 @@ def total(values: ArrayLike, examples: Names) -> Array:
     return psum(jnp.sum(values), examples)
 
 
-def reduce(terms: list[tuple[Array, Array]], axis: int, reduction: str, examples: Names):
-    """Add up the terms, each a pair of per-example (numerator, denominator), (..., 1, ...).
+def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
+    """Add up the terms, each a pair of per-example (numerator, denominator).
 
     `none` adds numerators, `sum` totals them, `mean` divides each term's total by its
     denominator's, or by 1 where that is 0: the mean over nothing is 0.
     """
     if reduction == "none":
-        return jnp.squeeze(sum(numerator for numerator, _ in terms), axis)
+        return sum(numerator for numerator, _ in terms)
     numerators, denominators = zip(*terms)
     if reduction == "sum":
         return sum(psum([jnp.sum(n) for n in numerators], examples))

@@ -3,8 +3,9 @@
 Each shard has sums over its own classes, relative to its own shift s_i. With M the largest
 shift and d_i = s_i - M, those of the whole row are
 
-    log_sum    = log(sum_i exp(log_sum_i + d_i))
-    entropy    = log_sum + sum_i P_i * (entropy_i - log_sum_i - d_i),  P_i the shard's probability
+    total      = sum_i total_i * exp(d_i)
+    entropy    = log(total) + sum_i P_i * (entropy_i - log(total_i) - d_i),  P_i the shard's
+                 probability, total_i * exp(d_i) / total
     picked     = picked_i + d_i of the shard that has the class
     target_sum = sum_i target_sum_i + d_i * mass_sum_i
 
@@ -47,13 +48,13 @@ def whole_rows(
         lowest = jnp.finfo(shift.dtype).min  # finite, as 0 * NaN would be a derivative
         change = jnp.where(uncounted & ~jnp.isfinite(change), lowest, change)
     parts = {}
-    if sums.log_sum is not None:
-        log_sum = sums.log_sum + change
-        parts["log_sum"] = jnp.exp(_mute(uncounted & ~(log_sum < jnp.inf), log_sum))
+    if sums.total is not None:
+        total = sums.total * jnp.exp(change)
+        parts["total"] = _mute(uncounted & ~(total < jnp.inf), total)
         if sums.entropy is not None:
             # Without derivative in any uncounted row: statistics have no sample weights.
-            distance = _mute(uncounted, sums.entropy - log_sum)
-            parts["entropy"] = times(_mute(uncounted, parts["log_sum"]), distance)
+            distance = _mute(uncounted, sums.entropy - jnp.log(sums.total) - change)
+            parts["entropy"] = times(_mute(uncounted, total), distance)
     if index is not None:
         # An index that no shard has is left, for its NaN to reach the row's gradient.
         parts["picked"] = jnp.where((here < 0) & (index >= 0), 0, sums.picked + change)
@@ -61,12 +62,9 @@ def whole_rows(
         parts["mass_sum"] = sums.mass_sum
         parts["target_sum"] = sums.target_sum + times(sums.mass_sum, change)
     whole = psum(parts, names)
-    if sums.log_sum is not None:
-        total = whole["log_sum"]
-        total = _mute(uncounted & ~((total > 0) & (total < jnp.inf)), total)
-        whole["log_sum"] = jnp.log(total)
-        if sums.entropy is not None:
-            whole["entropy"] = whole["log_sum"] + whole["entropy"] / _mute(uncounted, total)
+    if sums.entropy is not None:
+        total = _mute(uncounted, whole["total"])
+        whole["entropy"] = jnp.log(total) + whole["entropy"] / total
     return top, RowSums(**whole)
 
 

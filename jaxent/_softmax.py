@@ -1,16 +1,16 @@
-"""The primitive of a row of logits: its log-sum, entropy, target logit and target sums.
+"""The primitive of a row of logits: its total, entropy, target logit and target sums.
 
 With z the logits (soft-capped, if asked), s the row's shift, y its target class and q a
 target mass over classes:
 
-    log_sum    = log(sum_c exp(z_c - s))
-    entropy    = log_sum - sum_c p_c * (z_c - s),  p_c = exp(z_c - s - log_sum)
+    total      = sum_c exp(z_c - s)
+    entropy    = log(total) - sum_c p_c * (z_c - s),  p_c = exp(z_c - s) / total
     picked     = z_y - s
     mass_sum   = sum_c q_c
     target_sum = sum_c q_c * (z_c - s)
 
-Cross-entropy is `log_sum - picked` for a class index, `mass_sum * log_sum - target_sum`
-for a mass. All are relative to the shift, the row's maximum, so nothing is lost where
+Cross-entropy is `log(total) - picked` for a class index, and for a mass
+`mass_sum * log(total) - target_sum`. All are relative to the shift, the row's maximum, so nothing is lost where
 logits are large. The shift is a constant to differentiation: cross-entropy does not
 depend on it.
 
@@ -66,7 +66,7 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
         def take(values):
             if values.size == values.shape[axis]:
                 return jnp.take(values.ravel(), index, mode="clip")
-            return jnp.take_along_axis(values, index, axis, mode="clip")
+            return _take_bits(axis, values, index) if values.dtype.itemsize == 2 else _take(axis, values, index)
 
         return function(*(None if values is None else take(values) for values in arrays))
 
@@ -78,6 +78,23 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
     if any(x is not None and jax.typeof(x).sharding.spec != spec for x in arrays):
         return masked_sum(arrays, index)
     return jax.lax.platform_dependent(arrays, index, cpu=gather, default=masked_sum)
+
+
+def _take(axis, values, index):
+    return jnp.take_along_axis(values, index, axis, mode="clip")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _take_bits(axis, values, index):
+    """Of half precision, which XLA's gather on the CPU makes a float32 copy of (jax 0.10.2)."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
+    return jax.lax.bitcast_convert_type(_take(axis, bits, index), values.dtype)
+
+
+@_take_bits.defjvp
+def _take_bits_jvp(axis, primals, tangents):
+    (values, index), (d_values, _) = primals, tangents
+    return _take_bits(axis, values, index), _take(axis, d_values, index)
 
 
 def _one_hot(index, x, axis):
@@ -97,7 +114,9 @@ def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) ->
 
     Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes.
     """
-    top = jnp.max(_shown(jax.lax.stop_gradient(x), exists), axis, keepdims=True)
+    x = jax.lax.stop_gradient(x)
+    x = x if exists is None else jnp.where(exists, x, -jnp.inf)
+    top = jnp.max(x, axis, keepdims=True).astype(compute_dtype(x))
     return cap(softcap, jnp.maximum(top, jnp.finfo(top.dtype).min))
 
 
@@ -146,18 +165,15 @@ def _slope(softcap, x):
     return (1 - tanh) * (1 + tanh)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _log_sum(axis, softcap, x, shift, exists):
-    return jnp.log(jnp.sum(jnp.exp(_centre(softcap, x, shift, exists)), axis, keepdims=True))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _exponentials(softcap, x, shift, exists):
+    return jnp.exp(_centre(softcap, x, shift, exists))
 
 
-@_log_sum.defjvp
-def _log_sum_jvp(axis, softcap, primals, tangents):
-    log_sum = _log_sum(axis, softcap, *primals)
-    probs = jnp.exp(_centre(softcap, *primals) - log_sum)
-    slope = _slope(softcap, primals[0])
-    dx = jnp.where(jnp.isfinite(log_sum), probs * slope, 0) * tangents[0]
-    return log_sum, jnp.sum(dx, axis, keepdims=True)
+@_exponentials.defjvp
+def _exponentials_jvp(softcap, primals, tangents):
+    exps = _exponentials(softcap, *primals)
+    return exps, jnp.where(jnp.isfinite(exps), exps * _slope(softcap, primals[0]), 0) * tangents[0]
 
 
 @jax.custom_jvp
@@ -174,11 +190,18 @@ def product_jvp(primals, tangents):
 class RowSums(NamedTuple):
     """Sums of the rows, or their cotangents; None for those not asked for."""
 
-    log_sum: Any = None
+    total: Any = None
     entropy: Any = None
     picked: Any = None
     mass_sum: Any = None
     target_sum: Any = None
+
+
+def hide(where: Array, shift: Any, sums: RowSums) -> tuple[Any, RowSums]:
+    """Shift and sums, those of a row of nothing in these rows."""
+    blank = RowSums(1, 0, 0, 0, 0)
+    sums = RowSums(*(x if x is None else jnp.where(where, b, x) for b, x in zip(blank, sums)))
+    return None if shift is None else jnp.where(where, 0, shift), sums
 
 
 def row_sums(
@@ -198,7 +221,7 @@ def row_sums(
       softcap: the cap, or None.
       x: logits or log-probabilities, (..., C, ...), any float dtype.
       shift: what `row_max` returned; None says that x is log-probabilities already, and
-        leaves the log-sum out.
+        leaves the total out.
       exists: bool, (..., C, ...), broadcastable to x; None where all classes exist.
       index: int32, (..., 1, ...), < 0 for none; None leaves the picked logit out.
       mass: a `jax.tree_util.Partial` that takes `exists` and returns q, broadcastable to x;
@@ -218,14 +241,14 @@ def _row_sums(axis, softcap, entropy, x, shift, exists, index, mass):
 
 
 def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
-    sums, log_sum, spread = [], None, None
+    sums, total, spread = [], None, None
     if shift is not None:
-        log_sum = _log_sum(axis, softcap, x, shift, exists)
-        sums.append(log_sum)
+        total = jnp.sum(_exponentials(softcap, x, shift, exists), axis, keepdims=True)
+        sums.append(total)
     if entropy:
         centred = _centre(softcap, x, shift, exists)
-        mean = jnp.sum(product(jnp.exp(centred - log_sum), centred), axis, keepdims=True)
-        spread = log_sum - mean
+        exps = _exponentials(softcap, x, shift, exists)
+        spread = jnp.log(total) - jnp.sum(product(exps, centred), axis, keepdims=True) / total
         sums.append(spread)
     if index is not None:
         known = None if exists is None else pick((exists,), index, axis, jnp.float32) > 0
@@ -235,11 +258,11 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
         q = unless_lost(mass(exists), centred)
         sums.append(jnp.sum(q, axis, keepdims=True))
         sums.append(jnp.sum(product(q, centred), axis, keepdims=True))
-    return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, log_sum, spread)
+    return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, total, spread)
 
 
 def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
-    x, shift, exists, index, mass, log_sum, spread = residuals
+    x, shift, exists, index, mass, total, spread = residuals
     if softcap is not None:
         # Or XLA holds the capped logits of the forward pass: of bfloat16 ones a float32 array of
         # their size (jax 0.10.2, ahead of time for an H100).
@@ -254,7 +277,7 @@ def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
         exists,
         index,
         q,
-        log_sum,
+        total,
         spread,
         _unpack(axis, asked, cotangents),
     )
@@ -266,23 +289,24 @@ _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
 
 
 def row_gradients(
-    axis, softcap, x, shift, exists, index, q, log_sum, entropy, cotangents: RowSums
+    axis, softcap, x, shift, exists, index, q, total, entropy, cotangents: RowSums
 ) -> tuple[Array, Array | None]:
     """The gradients of a loss with respect to logits and target mass, given those of the sums."""
-    d_log_sum, d_entropy, d_picked, d_mass_sum, d_target_sum = cotangents
+    d_total, d_entropy, d_picked, d_mass_sum, d_target_sum = cotangents
     centred = _centre(softcap, x, shift, exists)
     # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
-    d_centred: Any = jnp.zeros_like(centred) if log_sum is None else 0
+    d_centred: Any = jnp.zeros_like(centred) if total is None else 0
     d_q = None
-    if log_sum is not None:
-        uncounted = (d_log_sum == 0) & ~jnp.isfinite(log_sum)
+    if total is not None:
+        uncounted = (d_total == 0) & ~((total > 0) & (total < jnp.inf))
         if entropy is not None:
             uncounted &= d_entropy == 0
-        log_probs = jnp.where(uncounted, -jnp.inf, centred - log_sum)
-        probs = jnp.exp(log_probs)
-        d_centred += d_log_sum * probs
+        exps = jnp.where(uncounted, 0, _exponentials(softcap, x, shift, exists))
+        d_centred += d_total * exps
         if entropy is not None:
-            d_centred -= d_entropy * product(probs, log_probs + entropy)
+            total = jnp.where(uncounted, 1, total)
+            log_probs = jnp.where(uncounted, -jnp.inf, centred - jnp.log(total))
+            d_centred -= d_entropy * product(exps / total, log_probs + entropy)
     if index is not None:
         # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
         d_centred += jnp.where(_one_hot(index, x, axis), d_picked, 0 * d_picked)
@@ -296,7 +320,7 @@ def row_gradients(
 
 
 def _unpack(axis, asked, sums):
-    """Slices of the sums; `asked` for log-sum, entropy, picked logit, both sums of the mass."""
+    """Slices of the sums; `asked` for total, entropy, picked logit, both sums of the mass."""
     parts = iter(jnp.split(sums, sums.shape[axis], axis))
     return RowSums(*(next(parts) if wanted else None for wanted in (*asked, asked[-1])))
 

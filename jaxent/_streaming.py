@@ -76,7 +76,7 @@ def _packed_sums(plan, head, exists, index):
 
 def _packed_sums_fwd(plan, head, exists, index):
     shift, sums, best = streamed_sums(plan, head, exists, index)
-    return _pack(shift, sums, best), (head, exists, index, shift, sums.log_sum, sums.entropy)
+    return _pack(shift, sums, best), (head, exists, index, shift, sums.total, sums.entropy)
 
 
 def _packed_sums_bwd(plan, residuals, cotangent):
@@ -140,10 +140,9 @@ def sums_pass(plan, head, exists, index, keep=False):
     init = vary_like(head.hidden, init)
     carry, kept = jax.lax.scan(step, init, chunk_numbers(plan, head))
     shift, total, moment, picked, mass_sum, target_sum, best = carry
-    log_sum = jnp.log(total)
     sums = RowSums(
-        log_sum=log_sum,
-        entropy=log_sum - moment / total if plan.stats else None,
+        total=total,
+        entropy=jnp.log(total) - moment / total if plan.stats else None,
         picked=None if index is None else picked - shift,
         mass_sum=None if head.mass is None else mass_sum,
         target_sum=None if head.mass is None else target_sum,
@@ -157,7 +156,8 @@ def _sums_jvp(plan, primals, tangents):
     head, exists, index = primals
     shift, sums, best = streamed_sums(plan, *primals)
     plan = _finer(plan)
-    finite = jnp.isfinite(sums.log_sum)
+    log_sum = jnp.log(sums.total)
+    finite = jnp.isfinite(log_sum)
 
     def local(head, i):
         """Sums over a chunk, with the derivatives of its share in those over all."""
@@ -165,9 +165,9 @@ def _sums_jvp(plan, primals, tangents):
         centred = cap(plan.softcap, chunk_logits(plan, chunk.head)) - shift
         if chunk.shown is not None:
             centred = jnp.where(chunk.shown, centred, -jnp.inf)
-        log_probs = jnp.where(finite, centred - sums.log_sum, -jnp.inf)
-        parts = {"log_sum": jnp.exp(log_probs)}
+        parts = {"total": jnp.exp(jnp.where(finite, centred, -jnp.inf))}
         if plan.stats:
+            log_probs = jnp.where(finite, centred - log_sum, -jnp.inf)
             parts["entropy"] = -product(jnp.exp(log_probs), log_probs)
         if index is not None:
             here = (chunk.index >= 0) & (chunk.index < plan.chunk)
@@ -187,14 +187,15 @@ def _sums_jvp(plan, primals, tangents):
     d_sums, _ = jax.lax.scan(step, zeros, steps)
     if plan.stats:
         slope = jnp.where(jnp.isfinite(sums.entropy), 1 - sums.entropy, 0)
-        d_sums = d_sums._replace(entropy=d_sums.entropy + slope * d_sums.log_sum)
+        d_log_sum = d_sums.total / jnp.where(finite, sums.total, 1)
+        d_sums = d_sums._replace(entropy=d_sums.entropy + slope * d_log_sum)
     d_best = None if best is None else np.zeros(best.shape, jax.dtypes.float0)
     return (shift, sums, best), (jnp.zeros_like(shift), d_sums, d_best)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(plan, floats, exists, index):
-    """The gradients of a head, hidden's in float32; floats: head, shift, log-sum, entropy and
+    """The gradients of a head, hidden's in float32; floats: head, shift, total, entropy and
     the cotangents of the sums."""
     return on_platform(_gradients_pass, plan, floats, exists, index)
 

@@ -129,7 +129,7 @@ def _blocks_pass(plan, floats, exists, index, terms):
 
         def chunk_step(gradients, x):
             j, logits = x
-            around = (head, shift, sums.log_sum, sums.entropy, cotangents)
+            around = (head, shift, sums.total, sums.entropy, cotangents)
             c, part = chunk_gradients(plan, around, exists_here, index_here, j, logits)
             return accumulate(plan, head, gradients, part, c, add_slice), None
 

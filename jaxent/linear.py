@@ -31,13 +31,12 @@ from ._arguments import (
 from ._axes import AxisName, flat_names, in_shard_map, local_index, psum
 from ._chunks import Head, Plan, choose_chunk
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
-from ._reduction import reduce
 from ._shards import whole_best, whole_rows
 from ._softmax import along, compute_dtype
 from ._streaming import head_sums
 from ._targets import Rows, read_rows
 from ._total import head_total
-from .functional import loss_terms
+from .functional import loss_terms, reduced_loss
 
 PrecisionLike = Any  # as jax.lax.dot_general takes it
 
@@ -165,8 +164,7 @@ def linear_cross_entropy(
     if reduction != "none" and _made_forward(plan, head, layout):
         return _total(plan, head, rows, coefficient, reduction, layout)
     shift, sums, _ = rows_of_head(plan, head, rows, layout)
-    terms = loss_terms(rows, coefficient, shift, sums)
-    return reduce(terms, rows.axis, reduction, layout.examples)
+    return reduced_loss(rows, coefficient, shift, sums, reduction, layout.examples)
 
 
 def _made_forward(plan: Plan, head: Head, layout: Layout) -> bool:
