@@ -8,8 +8,8 @@ value of the array (or times the loss).
 
 import os
 
-# In this pass XLA's CPU compiler aborts the process, by an all-reduce of hidden states' gradient
-# in bfloat16: "Invalid binary instruction opcode copy" (jax 0.9.0 to 0.12.0).
+# In this pass XLA's CPU compiler aborts the process for a head in bfloat16 whose classes are split:
+# "Invalid binary instruction opcode copy" (jax 0.9.0, 0.10.2 and 0.12.0.1).
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_disable_hlo_passes=all-reduce-promotion"
 )

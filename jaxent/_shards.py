@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._axes import Names, first_class, psum
-from ._softmax import RowSums, times
+from ._softmax import RowSums, log, times
 
 
 def whole_rows(
@@ -53,7 +53,7 @@ def whole_rows(
         parts["total"] = _mute(uncounted & ~(total < jnp.inf), total)
         if sums.entropy is not None:
             # Without derivative in any uncounted row: statistics have no sample weights.
-            distance = _mute(uncounted, sums.entropy - jnp.log(sums.total) - change)
+            distance = _mute(uncounted, sums.entropy - log(sums.total) - change)
             parts["entropy"] = times(_mute(uncounted, total), distance)
     if index is not None:
         # An index that no shard has is left, for its NaN to reach the row's gradient.
@@ -64,7 +64,7 @@ def whole_rows(
     whole = psum(parts, names)
     if sums.entropy is not None:
         total = _mute(uncounted, whole["total"])
-        whole["entropy"] = jnp.log(total) + whole["entropy"] / total
+        whole["entropy"] = log(total) + whole["entropy"] / total
     return top, RowSums(**whole)
 
 

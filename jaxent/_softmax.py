@@ -10,9 +10,9 @@ target mass over classes:
     target_sum = sum_c q_c * (z_c - s)
 
 Cross-entropy is `log(total) - picked` for a class index, and for a mass
-`mass_sum * log(total) - target_sum`. All are relative to the shift, the row's maximum, so nothing is lost where
-logits are large. The shift is a constant to differentiation: cross-entropy does not
-depend on it.
+`mass_sum * log(total) - target_sum`. All are relative to the shift, the row's maximum, so
+nothing is lost where logits are large. The shift is a constant to differentiation:
+cross-entropy does not depend on it.
 
 Gradients are written by hand so that the logits are kept as they came (bfloat16 stays
 bfloat16) and rounded to once, and so that a row which the loss does not count gets
@@ -66,7 +66,7 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
         def take(values):
             if values.size == values.shape[axis]:
                 return jnp.take(values.ravel(), index, mode="clip")
-            return _take_bits(axis, values, index) if values.dtype.itemsize == 2 else _take(axis, values, index)
+            return (_take_bits if values.dtype.itemsize == 2 else _take)(axis, values, index)
 
         return function(*(None if values is None else take(values) for values in arrays))
 
@@ -143,7 +143,7 @@ def _centre(softcap, x, shift, exists):
     return centred if exists is None else jnp.where(exists, centred, -jnp.inf)
 
 
-# Second order comes through the next three. Where a row is not finite their derivatives are: it
+# Second order comes through the next four. Where a row is not finite their derivatives are: it
 # may be one that the loss does not count; if it counts, its NaN shows in the other factors.
 
 
@@ -174,6 +174,21 @@ def _exponentials(softcap, x, shift, exists):
 def _exponentials_jvp(softcap, primals, tangents):
     exps = _exponentials(softcap, *primals)
     return exps, jnp.where(jnp.isfinite(exps), exps * _slope(softcap, primals[0]), 0) * tangents[0]
+
+
+@jax.custom_jvp
+def log(total):
+    return jnp.log(total)
+
+
+@log.defjvp
+def _log_jvp(primals, tangents):
+    (total,), (d_total,) = primals, tangents
+    return log(total), d_total / jnp.where(_has_log(total), total, 1)
+
+
+def _has_log(total):
+    return (total > 0) & (total < jnp.inf)
 
 
 @jax.custom_jvp
@@ -248,7 +263,7 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
     if entropy:
         centred = _centre(softcap, x, shift, exists)
         exps = _exponentials(softcap, x, shift, exists)
-        spread = jnp.log(total) - jnp.sum(product(exps, centred), axis, keepdims=True) / total
+        spread = log(total) - jnp.sum(product(exps, centred), axis, keepdims=True) / total
         sums.append(spread)
     if index is not None:
         known = None if exists is None else pick((exists,), index, axis, jnp.float32) > 0
@@ -298,14 +313,15 @@ def row_gradients(
     d_centred: Any = jnp.zeros_like(centred) if total is None else 0
     d_q = None
     if total is not None:
-        uncounted = (d_total == 0) & ~((total > 0) & (total < jnp.inf))
+        uncounted = (d_total == 0) & ~_has_log(total)
         if entropy is not None:
             uncounted &= d_entropy == 0
+        d_total = jnp.where(_has_log(total) | uncounted, d_total, jnp.nan)
         exps = jnp.where(uncounted, 0, _exponentials(softcap, x, shift, exists))
         d_centred += d_total * exps
         if entropy is not None:
             total = jnp.where(uncounted, 1, total)
-            log_probs = jnp.where(uncounted, -jnp.inf, centred - jnp.log(total))
+            log_probs = jnp.where(uncounted, -jnp.inf, centred - log(total))
             d_centred -= d_entropy * product(exps / total, log_probs + entropy)
     if index is not None:
         # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.

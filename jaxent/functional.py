@@ -35,7 +35,7 @@ from ._arguments import (
 from ._axes import AxisName, local_index, num_shards, read_axis_names
 from ._reduction import reduce, total
 from ._shards import whole_rows
-from ._softmax import RowSums, along, compute_dtype, hide, row_max, row_sums, times
+from ._softmax import RowSums, along, compute_dtype, hide, log, row_max, row_sums, times
 from ._targets import Rows, pick_weight, read_existing, read_indices, read_rows
 
 
@@ -80,7 +80,7 @@ def log_softmax(
     shift = row_max(axis, None, x, finite)
     sums = row_sums(axis, None, x, shift, finite, None, None)
     shift, sums = whole_rows(shift, sums, None, None, False, classes)
-    log_probs = x - shift - jnp.log(sums.total)
+    log_probs = x - shift - log(sums.total)
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
     return log_probs.astype(logits.dtype)
@@ -247,8 +247,8 @@ def cross_entropy(
     sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.here, rows.mass)
     uncounted = rows.sample_weight == 0
     shift, sums = whole_rows(shift, sums, rows.index, rows.here, uncounted, classes)
-    z_loss = read_z_loss(z_loss, shift.dtype)
-    return reduced_loss(rows, z_loss, shift, sums, reduction, examples)
+    coefficient = read_z_loss(z_loss, shift.dtype)
+    return reduced_loss(rows, coefficient, shift, sums, reduction, examples)
 
 
 def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):
@@ -279,7 +279,7 @@ def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowS
     one = 0 if sums.total is None else sums.total / sums.total
     finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient((shift, one, sums)))))
     shift, sums = hide((rows.sample_weight == 0) & ~finite, shift, sums)
-    log_sum = 0 if sums.total is None else jnp.log(sums.total)
+    log_sum = 0 if sums.total is None else log(sums.total)
     loss, squared_normalizer = per_example(shift, log_sum, sums)
     terms = [(rows.scale * loss, rows.denominator)]
     if z_loss is not None:

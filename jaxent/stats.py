@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from ._arguments import ArrayOrList, read_index_targets, read_logits, read_softcap
 from ._axes import AxisName, read_axis_names
 from ._shards import whole_best, whole_rows
-from ._softmax import RowSums, cap, compute_dtype, first_best, hide, row_max, row_sums
+from ._softmax import RowSums, cap, compute_dtype, first_best, hide, log, row_max, row_sums
 from ._targets import Rows, read_rows
 from .linear import PrecisionLike, read_head, rows_of_head
 
@@ -166,7 +166,7 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenS
     counted = rows.sample_weight != 0
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
     shift, sums = hide(~counted, shift, sums)
-    log_sum = jnp.log(sums.total)
+    log_sum = log(sums.total)
     prediction = prediction.astype(jnp.int32)
     stats = TokenStats(
         log_prob=rows.scale * (sums.picked - log_sum),
