@@ -278,10 +278,7 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
 
 def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
     x, shift, exists, index, mass, total, spread = residuals
-    if softcap is not None:
-        # Or XLA holds the capped logits of the forward pass: of bfloat16 ones a float32 array of
-        # their size (jax 0.10.2, ahead of time for an H100).
-        x = jax.lax.optimization_barrier(x)
+    x = _fresh(x, softcap, mass)
     asked = (shift is not None, entropy, index is not None, mass is not None)
     q, pull = (None, None) if mass is None else jax.vjp(lambda mass: mass(exists), mass)
     d_x, d_q = row_gradients(
@@ -301,6 +298,17 @@ def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
 
 
 _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
+
+
+def _fresh(x, softcap, mass):
+    """x, from which XLA makes again what the forward pass made where it would hold it for longer:
+    beside a mass or a cap, float32 arrays of the logits' size (jax 0.10.2: for an H100, of capped
+    ones; on CPUs, of both, but not of capped ones alone, of which it holds more when hidden)."""
+    if mass is None and softcap is None:
+        return x
+    hidden = jax.lax.optimization_barrier
+    kept = hidden if mass is not None else lambda x: x
+    return jax.lax.platform_dependent(x, cpu=kept, default=hidden)
 
 
 def row_gradients(
