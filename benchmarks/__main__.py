@@ -31,6 +31,8 @@ QUESTIONS = (
 # Read by JAX when it is imported.
 ENVIRONMENT = {
     "dense_compiled": {"JAX_PLATFORMS": "cpu"},
+    "head_speed": {"JAX_PLATFORMS": "cpu"},
+    "dense_speed": {"JAX_PLATFORMS": "cpu"},
     "head_memory": {"JAX_PLATFORMS": "cpu"},
     "sharded": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
 }

@@ -1,5 +1,6 @@
 """The charts of the README, drawn from the results that are kept."""
 
+import importlib.util
 import json
 import pathlib
 
@@ -60,6 +61,9 @@ def draw(folder: pathlib.Path) -> None:
         saved = folder / f"{question}.json"
         if not saved.exists():
             print(f"{picture}.png is not drawn: {question}.json is absent")
+            continue
+        if not importlib.util.find_spec("matplotlib"):
+            print(f"{picture}.png is not drawn: matplotlib is not installed")
             continue
         engine.chart(json.loads(saved.read_text()), target / f"{picture}.png", **how)
         print(f"{picture}.png is drawn")

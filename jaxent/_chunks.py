@@ -21,7 +21,7 @@ CHUNK = 1024
 COLUMNS = 2**25
 # What a shard of the width gives at least to the gather of a chunk. Of 256 chips of a TPU, XLA
 # makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
-# of 74 kB. (`benchmarks/pod.py` prints both.)
+# of 74 kB. (`python -m benchmarks.pod` prints both.)
 PIECE = 5 * 2**14
 
 

@@ -280,6 +280,9 @@ def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
     x, shift, exists, index, mass, total, spread = residuals
     x = _fresh(x, softcap, mass)
     asked = (shift is not None, entropy, index is not None, mass is not None)
+    d_sums = poison(total, _unpack(axis, asked, cotangents))
+    # Concatenated and hidden: else XLA's CPU compiler makes them again for each class.
+    packed = jax.lax.optimization_barrier(jnp.concatenate(jax.tree.leaves(d_sums), axis))
     q, pull = (None, None) if mass is None else jax.vjp(lambda mass: mass(exists), mass)
     d_x, d_q = row_gradients(
         axis,
@@ -291,7 +294,7 @@ def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
         q,
         total,
         spread,
-        _unpack(axis, asked, cotangents),
+        _unpack(axis, asked, packed),
     )
     d_mass = None if pull is None else pull(d_q)[0]
     return d_x.astype(x.dtype), None, None, None, d_mass
@@ -311,6 +314,14 @@ def _fresh(x, softcap, mass):
     return jax.lax.platform_dependent(x, cpu=kept, default=hidden)
 
 
+def poison(total: Any, d_sums: RowSums) -> RowSums:
+    """Cotangents of the sums, NaN for a row that is counted and whose total has no logarithm."""
+    if total is None:
+        return d_sums
+    lost = (d_sums.total != 0) & ~_has_log(total)
+    return d_sums._replace(total=jnp.where(lost, jnp.nan, d_sums.total))
+
+
 def row_gradients(
     axis, softcap, x, shift, exists, index, q, total, entropy, cotangents: RowSums
 ) -> tuple[Array, Array | None]:
@@ -321,16 +332,13 @@ def row_gradients(
     d_centred: Any = jnp.zeros_like(centred) if total is None else 0
     d_q = None
     if total is not None:
-        uncounted = (d_total == 0) & ~_has_log(total)
+        exps = _exponentials(softcap, x, shift, exists)
+        d_centred += times(d_total, exps)
         if entropy is not None:
-            uncounted &= d_entropy == 0
-        d_total = jnp.where(_has_log(total) | uncounted, d_total, jnp.nan)
-        exps = jnp.where(uncounted, 0, _exponentials(softcap, x, shift, exists))
-        d_centred += d_total * exps
-        if entropy is not None:
-            total = jnp.where(uncounted, 1, total)
+            uncounted = (d_entropy == 0) & ~_has_log(total)
+            probs = jnp.where(uncounted, 0, exps) / jnp.where(uncounted, 1, total)
             log_probs = jnp.where(uncounted, -jnp.inf, centred - log(total))
-            d_centred -= d_entropy * product(exps / total, log_probs + entropy)
+            d_centred -= d_entropy * product(probs, log_probs + entropy)
     if index is not None:
         # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
         d_centred += jnp.where(_one_hot(index, x, axis), d_picked, 0 * d_picked)

@@ -33,6 +33,7 @@ from ._softmax import (
     cap,
     compute_dtype,
     pick,
+    poison,
     product,
     times,
     unless_lost,
@@ -82,6 +83,7 @@ def _packed_sums_fwd(plan, head, exists, index):
 def _packed_sums_bwd(plan, residuals, cotangent):
     head, exists, index, *normalizer = residuals
     _, cotangents, _ = _unpack(plan, head, index, cotangent)
+    cotangents = poison(normalizer[1], cotangents)
     gradients = _gradients(plan, (head, *normalizer, cotangents), exists, index)
     return _cast(gradients, head), None, None
 

@@ -26,7 +26,7 @@ from ._chunks import (
     take_slice,
     zero_gradients,
 )
-from ._softmax import RowSums, compute_dtype
+from ._softmax import RowSums, compute_dtype, poison
 from ._streaming import head_sums, streamed_sums, sums_pass
 
 # Tokens. With chunks of 1024 classes, the fastest of 128, 256, 512 and 1024 for (2048, 2048,
@@ -126,6 +126,7 @@ def _blocks_pass(plan, floats, exists, index, terms):
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
+        cotangents = poison(sums.total, cotangents)
 
         def chunk_step(gradients, x):
             j, logits = x
