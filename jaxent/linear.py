@@ -91,9 +91,9 @@ def linear_cross_entropy(
     gradient of the kernel of at most 256 MB), a scalar reduction makes its gradients in the
     forward pass instead, in three matmuls and from the logits of 512 tokens at a time. On two
     CPU cores, float32 and (N, D, C) of (2048, 2048, 16384), that takes 0.80 of the time of the
-    loss on logits, where the other form takes 1.04. `python -m benchmarks head_speed` prints such ratios.
-    (In a program for several devices, it does so where it knows how the tokens are split: by
-    axis names or an explicit mesh.)
+    loss on logits, where the other form takes 1.04; `python -m benchmarks head_speed` prints
+    such ratios. (In a program for several devices, it does so where it knows how the tokens
+    are split: by axis names or an explicit mesh.)
 
     Args:
       hidden: hidden states, float, (..., D); any leading shape, none too.

@@ -1,0 +1,81 @@
+"""What the compiled programs hold and touch: the bounds that the benchmarks found, on the CPU.
+
+Scratch is memory beyond inputs and outputs, of loss and gradient, in logits arrays of float32,
+which is what half precision is computed in. Passes are XLA's count of bytes, in logits arrays.
+`python -m benchmarks dense_compiled` has the same for accelerators.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxent
+
+N, C = 256, 4096
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": jnp.ones(C)},
+    "class_mask": {"class_mask": jnp.arange(C) < C - 7},
+    "sample_weight": {"sample_weight": jnp.ones(N)},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-4},
+    "softcap": {"softcap": 30.0},
+    "softcap and label_smoothing": {"softcap": 30.0, "label_smoothing": 0.1},
+}
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def compiled(dtype, options, gradient=True):
+    loss = functools.partial(jaxent.cross_entropy, **options)
+    function = jax.jit(jax.value_and_grad(loss) if gradient else loss)
+    logits, targets = jax.ShapeDtypeStruct((N, C), dtype), jax.ShapeDtypeStruct((N,), "int32")
+    return function.lower(logits, targets).compile()
+
+
+def scratch(program):
+    return program.memory_analysis().temp_size_in_bytes / (4 * N * C)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 0.03), ("bfloat16", 1.03)])
+def test_no_option_adds_scratch_of_the_size_of_the_logits(dtype, bound, options):
+    # In half precision the exponentials are kept for the backward pass in float32, once.
+    assert scratch(compiled(dtype, OPTIONS[options])) < bound
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_pass_holds_no_logits(dtype):
+    assert scratch(compiled(dtype, {}, gradient=False)) < 0.03
+
+
+@pytest.mark.parametrize(("options", "passes"), [("plain", 7), ("softcap", 8)])
+def test_bytes_touched(options, passes):
+    # Read for the maximum; read, and exponentials written; read for their sum; read, and the
+    # gradient written: 6, and XLA's counting of reductions' operands.
+    touched = compiled("float32", OPTIONS[options]).cost_analysis()["bytes accessed"]
+    assert touched < (passes + 0.2) * 4 * N * C
+
+
+def test_exponentials_are_computed_once():
+    program = compiled("float32", {}).as_text()
+    assert program.count(" exponential(") == 1
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiles for TPUs: libtpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_touches_four_passes_and_holds_nothing(monkeypatch, dtype):
+    # Read for the maximum; read for the sum; read, and the gradient written.
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import dense_compiled
+
+    sharding = dense_compiled.accelerators.sharding("TPU v5e")
+    shape = (8192, 128256)
+    for name in ("jaxent", "jaxent, softcap", "jaxent, label_smoothing", "jaxent, all of these"):
+        case = dense_compiled.LOSSES[name]
+        _, share, passes = dense_compiled.figures(shape, dtype, *case, sharding)
+        assert share < 1
+        assert passes < 4.05
