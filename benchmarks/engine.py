@@ -22,8 +22,10 @@ import platform
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
+
+from .tables import header, line
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "tokamax", "jax-cce", "libtpu")
 
@@ -132,15 +134,16 @@ def versions() -> dict[str, str]:
 
 def record(question: Any, name: str, options: argparse.Namespace) -> dict:
     """Run a question: its rows are printed as they come, and returned with where and when."""
-    found = []
+    found, title = [], question.__doc__.splitlines()[0]
     for row in question.rows(options):
         if not found:
-            header(row.case, question)
+            caption = f"\n{title} Unit: {question.UNIT}. {question.BOUND}"
+            header(caption, *row.case, *question.SIDES, "jaxent's score", "bound")
         found.append(row)
-        print(line(dataclasses.asdict(row), question.SIDES, question.UNIT), flush=True)
+        line(*cells(row, question))
     return {
         "question": name,
-        "title": question.__doc__.splitlines()[0],
+        "title": title,
         "unit": question.UNIT,
         "sides": list(question.SIDES),
         "bound": question.BOUND,
@@ -151,17 +154,6 @@ def record(question: Any, name: str, options: argparse.Namespace) -> dict:
     }
 
 
-def cells(values: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, values))} |"
-
-
-def header(case: dict, question: Any) -> None:
-    columns = [*case, *question.SIDES, "jaxent's score", "bound"]
-    print(f"\n{question.__doc__.splitlines()[0]} Unit: {question.UNIT}. {question.BOUND}\n")
-    print(cells(columns))
-    print(cells("---" for _ in columns))
-
-
 def shown(value: Any, unit: str) -> str:
     figure = number(value)
     if figure is None:
@@ -170,25 +162,17 @@ def shown(value: Any, unit: str) -> str:
     return f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:.0f}"
 
 
-def line(row: dict, sides: Iterable[str], unit: str) -> str:
-    score, bound = row["score"], row["bound"]
+def cells(row: Row, question: Any) -> list[str]:
+    """A row of the table."""
+    score, bound = row.score, row.bound
     outside = score is not None and bound is not None and score > bound
     verdict = "" if score is None else f"**{score:.3g}**" if outside else f"{score:.3g}"
-    return cells(
-        [
-            *row["case"].values(),
-            *(shown(row["values"].get(side), unit) for side in sides),
-            verdict + (f" ({row['notes']})" if row["notes"] else ""),
-            "" if bound is None else f"{bound:.3g}",
-        ]
-    )
-
-
-def table(saved: dict) -> str:
-    """The Markdown table of a record."""
-    columns = [*saved["rows"][0]["case"], *saved["sides"], "jaxent's score", "bound"]
-    body = [line(row, saved["sides"], saved["unit"]) for row in saved["rows"]]
-    return "\n".join([cells(columns), cells("---" for _ in columns), *body])
+    return [
+        *map(str, row.case.values()),
+        *(shown(row.values.get(side), question.UNIT) for side in question.SIDES),
+        verdict + (f" ({row.notes})" if row.notes else ""),
+        "" if bound is None else f"{bound:.3g}",
+    ]
 
 
 def origin(saved: dict) -> str:
