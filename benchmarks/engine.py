@@ -117,7 +117,8 @@ def machine() -> str:
             if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{os.cpu_count()} cores of {model}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} core{'s' * (cores != 1)} of {model}"
 
 
 def versions() -> dict[str, str]:

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import vary_alike
+from ._axes import vary_alike, vary_like
+from ._classes import one_hot, pick
 
 
 def compute_dtype(*arrays: Any):
@@ -43,70 +44,6 @@ def unless_zero(factor, value):
 def times(factor, value):
     """`factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
     return factor * unless_zero(factor, value)
-
-
-def along(axis: int, ndim: int, values: Array) -> Array:
-    """(C,) laid along `axis` of `ndim` dimensions: (1, C, 1, ...)."""
-    return jnp.expand_dims(values, [i for i in range(ndim) if i != axis % ndim])
-
-
-def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: x) -> Array:
-    """`function(*arrays)`, of arrays and elementwise, at an index (..., 1, ...) along `axis`; any
-    value where it is < 0.
-
-    Arrays are (..., C, ...), or tables of one value a class, (1, C, 1, ...), or None. A gather on
-    CPU, where a masked sum costs five times the log-sum. Elsewhere a masked sum, which fuses with
-    a pass over the same function's values; and where an explicit mesh shards the classes, or the
-    index alone, which refuses the gather.
-    """
-
-    def gather(arrays, index):
-        index = jnp.maximum(index, 0)
-
-        def take(values):
-            if values.size == values.shape[axis]:
-                return jnp.take(values.ravel(), index, mode="clip")
-            return (_take_bits if values.dtype.itemsize == 2 else _take)(axis, values, index)
-
-        return function(*(None if values is None else take(values) for values in arrays))
-
-    def masked_sum(arrays, index):
-        values = function(*arrays)
-        return jnp.sum(jnp.where(_one_hot(index, values, axis), values, 0), axis, keepdims=True)
-
-    spec = jax.typeof(index).sharding.spec
-    if any(x is not None and jax.typeof(x).sharding.spec != spec for x in arrays):
-        return masked_sum(arrays, index)
-    return jax.lax.platform_dependent(arrays, index, cpu=gather, default=masked_sum)
-
-
-def _take(axis, values, index):
-    return jnp.take_along_axis(values, index, axis, mode="clip")
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _take_bits(axis, values, index):
-    """Of half precision, which XLA's gather on the CPU makes a float32 copy of (jax 0.10.2)."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
-    return jax.lax.bitcast_convert_type(_take(axis, bits, index), values.dtype)
-
-
-@_take_bits.defjvp
-def _take_bits_jvp(axis, primals, tangents):
-    (values, index), (d_values, _) = primals, tangents
-    return _take_bits(axis, values, index), _take(axis, d_values, index)
-
-
-def _one_hot(index, x, axis):
-    return index == _class_numbers(x, axis)
-
-
-def _class_numbers(x, axis):
-    """The numbers of the classes, broadcastable to x, split as x is on an explicit mesh: else what
-    is compared with them is whole on each device, or gathered (jax 0.10.2 for TPUs)."""
-    numbers = along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=jnp.int32))
-    spec = jax.typeof(x).sharding.spec
-    return numbers + jnp.zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
 
 
 def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) -> Array:
@@ -126,14 +63,6 @@ def _shown(x, exists):
     """x in float32, -inf where no class exists: the maximum's and the target's pass."""
     x = x.astype(compute_dtype(x))
     return x if exists is None else jnp.where(exists, x, -jnp.inf)
-
-
-def first_best(scores: Array, axis: int) -> Array:
-    """The first class of the largest score, as argmax; which, of sharded classes, gathers."""
-    top = jnp.max(scores, axis, keepdims=True)
-    best = (scores == top) | jnp.isnan(scores)
-    numbers = jnp.where(best, _class_numbers(scores, axis), scores.shape[axis])
-    return jnp.min(numbers, axis, keepdims=True)
 
 
 def _centre(softcap, x, shift, exists):
@@ -204,6 +133,11 @@ def product_jvp(primals, tangents):
     return product(q, centred), q * d_centred + dq * jnp.where(jnp.isfinite(centred), centred, 0)
 
 
+# Classes of which a CPU sums all terms in one loop. Of 32 on the second axis it is faster in
+# float32 and as fast in bfloat16; of 150, six times slower (two cores, jax 0.10.2).
+FEW = 32
+
+
 class RowSums(NamedTuple):
     """Sums of the rows, or their cotangents; None for those not asked for."""
 
@@ -258,29 +192,84 @@ def _row_sums(axis, softcap, entropy, x, shift, exists, index, mass):
 
 
 def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
-    sums, total, spread = [], None, None
-    if shift is not None:
-        total = jnp.sum(_exponentials(softcap, x, shift, exists), axis, keepdims=True)
-        sums.append(total)
-    if entropy:
-        centred = _centre(softcap, x, shift, exists)
-        exps = _exponentials(softcap, x, shift, exists)
-        spread = log(total) - jnp.sum(product(exps, centred), axis, keepdims=True) / total
-        sums.append(spread)
-    if index is not None:
+    def in_one_pass(x, shift, exists, index, mass):
+        terms = _terms(axis, softcap, entropy, x, shift, exists, index, mass)
+        mass_sum = None if mass is None else _sum(axis, terms.mass_sum)
+        return _sum_at_once(axis, terms._replace(mass_sum=None))._replace(mass_sum=mass_sum)
+
+    def one_by_one(x, shift, exists, index, mass):
+        terms = _terms(axis, softcap, entropy, x, shift, exists, None, mass)
+        sums = jax.tree.map(functools.partial(_sum, axis), terms)
+        if index is None:
+            return sums
         known = None if exists is None else pick((exists,), index, axis, jnp.float32) > 0
-        sums.append(_centre(softcap, pick((x, exists), index, axis, _shown), shift, known))
-    if mass is not None:
-        centred = _centre(softcap, x, shift, exists)
-        q = unless_lost(mass(exists), centred)
-        sums.append(jnp.sum(q, axis, keepdims=True))
-        sums.append(jnp.sum(product(q, centred), axis, keepdims=True))
-    return jnp.concatenate(sums, axis), (x, shift, exists, index, mass, total, spread)
+        target = pick((x, exists), index, axis, _shown)
+        return sums._replace(picked=_centre(softcap, target, shift, known))
+
+    arguments = x, shift, exists, index, mass
+    if _is_unrolled(axis, x, mass):
+        sums = jax.lax.platform_dependent(*arguments, cpu=in_one_pass, default=one_by_one)
+    else:
+        sums = one_by_one(*arguments)
+    if entropy:
+        sums = sums._replace(entropy=log(sums.total) - sums.entropy / sums.total)
+    packed = jnp.concatenate(jax.tree.leaves(sums), axis)
+    return packed, (*arguments, sums.total, sums.entropy)
+
+
+def _terms(axis, softcap, entropy, x, shift, exists, index, mass):
+    """What is summed over the classes; in place of the entropy, exp(z - s) * (z - s)."""
+    centred = _centre(softcap, x, shift, exists)
+    exps = None if shift is None else _exponentials(softcap, x, shift, exists)
+    q = None if mass is None else unless_lost(mass(exists), centred)
+    return RowSums(
+        total=exps,
+        entropy=product(exps, centred) if entropy else None,
+        picked=None if index is None else jnp.where(one_hot(index, x, axis), centred, 0),
+        mass_sum=q,
+        target_sum=None if q is None else product(q, centred),
+    )
+
+
+def _sum(axis, term):
+    return jnp.sum(term, axis, keepdims=True)
+
+
+def _is_unrolled(axis, x, mass):
+    """Whether a CPU is to sum all terms in one loop, which XLA unrolls for few classes.
+
+    Over a second axis of 21 it is 3 to 40 times faster than sums one by one, which XLA gives to a
+    library (jax 0.10.2). That is slow at products of a table on any axis but the last, by 3 to 30
+    times for 150 classes; without them it is faster from 32 classes on.
+    """
+    if any(jax.typeof(x).sharding.spec):  # the reduction of several arrays is not made for these
+        return False
+    return x.shape[axis] <= FEW or (mass is not None and not _is_last(axis, x))
+
+
+def _is_last(axis, x):
+    return axis % x.ndim == x.ndim - 1
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum_at_once(axis, terms):
+    leaves, structure = jax.tree.flatten(terms)
+    axis %= leaves[0].ndim
+    zeros = vary_like(leaves[0], tuple(jnp.zeros((), leaf.dtype) for leaf in leaves))
+    add = functools.partial(jax.tree.map, jnp.add)
+    sums = jax.lax.reduce(tuple(leaves), zeros, add, (axis,))
+    return jax.tree.unflatten(structure, [jnp.expand_dims(x, axis) for x in sums])
+
+
+@_sum_at_once.defjvp
+def _sum_at_once_jvp(axis, primals, tangents):
+    d_sums = jax.tree.map(functools.partial(_sum, axis), tangents[0])
+    return _sum_at_once(axis, *primals), d_sums
 
 
 def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
     x, shift, exists, index, mass, total, spread = residuals
-    x = _fresh(x, softcap, mass)
+    x = _fresh(axis, softcap, x, mass)
     asked = (shift is not None, entropy, index is not None, mass is not None)
     d_sums = poison(total, _unpack(axis, asked, cotangents))
     # Concatenated and hidden: else XLA's CPU compiler makes them again for each class.
@@ -305,15 +294,22 @@ def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
 _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
 
 
-def _fresh(x, softcap, mass):
+def _fresh(axis, softcap, x, mass):
     """x, from which XLA makes again what the forward pass made where it would hold it for longer:
     beside a mass or a cap, float32 arrays of the logits' size (jax 0.10.2: for an H100, of capped
-    ones; on CPUs, of both, but not of capped ones alone, of which it holds more when hidden)."""
-    if mass is None and softcap is None:
+    ones; on CPUs, of both, but not of capped ones alone, of which it holds more when hidden).
+    Of few classes, CPUs make them again vectorized where their axis is not the last.
+    """
+    hide_on_cpu = mass is not None
+    if x.shape[axis] <= FEW:
+        hide_on_cpu = not _is_last(axis, x)
+    hide_elsewhere = mass is not None or softcap is not None
+    if not hide_on_cpu and not hide_elsewhere:
         return x
-    hidden = jax.lax.optimization_barrier
-    kept = hidden if mass is not None else lambda x: x
-    return jax.lax.platform_dependent(x, cpu=kept, default=hidden)
+    hidden, same = jax.lax.optimization_barrier, lambda x: x
+    return jax.lax.platform_dependent(
+        x, cpu=hidden if hide_on_cpu else same, default=hidden if hide_elsewhere else same
+    )
 
 
 def poison(total: Any, d_sums: RowSums) -> RowSums:
@@ -343,7 +339,7 @@ def row_gradients(
             d_centred -= d_entropy * product(probs, log_probs + entropy)
     if index is not None:
         # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
-        d_centred += jnp.where(_one_hot(index, x, axis), d_picked, 0 * d_picked)
+        d_centred += jnp.where(one_hot(index, x, axis), d_picked, 0 * d_picked)
     if q is not None:
         # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
         q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
@@ -359,7 +355,14 @@ def _unpack(axis, asked, sums):
     return RowSums(*(next(parts) if wanted else None for wanted in (*asked, asked[-1])))
 
 
+@jax.custom_jvp
 def unless_lost(q, centred):
     """q, of the rows' shape; without derivative where no mass meets an infinite loss."""
-    q = q.astype(centred.dtype)
-    return jnp.where((q == 0) & ~jnp.isfinite(centred), 0, q)
+    return jnp.broadcast_to(q.astype(centred.dtype), centred.shape)
+
+
+@unless_lost.defjvp
+def _unless_lost_jvp(primals, tangents):
+    (q, centred), (dq, _) = primals, tangents
+    lost = (q == 0) & ~jnp.isfinite(centred)
+    return unless_lost(q, centred), jnp.where(lost, 0, dq.astype(centred.dtype))

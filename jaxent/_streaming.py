@@ -28,11 +28,11 @@ from ._chunks import (
     scatter_slice,
     zero_gradients,
 )
+from ._classes import pick
 from ._softmax import (
     RowSums,
     cap,
     compute_dtype,
-    pick,
     poison,
     product,
     times,

@@ -24,7 +24,8 @@ from ._arguments import (
     read_weight,
 )
 from ._axes import Names, local_index, num_shards, psum
-from ._softmax import along, compute_dtype, pick, times, unless_zero
+from ._classes import along, pick
+from ._softmax import compute_dtype, times, unless_zero
 
 
 @functools.partial(

@@ -33,9 +33,10 @@ from ._arguments import (
     read_z_loss,
 )
 from ._axes import AxisName, local_index, num_shards, read_axis_names
+from ._classes import along
 from ._reduction import reduce, total
 from ._shards import whole_rows
-from ._softmax import RowSums, along, compute_dtype, hide, log, row_max, row_sums, times
+from ._softmax import RowSums, compute_dtype, hide, log, row_max, row_sums, times
 from ._targets import Rows, pick_weight, read_existing, read_indices, read_rows
 
 

@@ -30,9 +30,10 @@ from ._arguments import (
 )
 from ._axes import AxisName, flat_names, in_shard_map, local_index, psum
 from ._chunks import Head, Plan, choose_chunk
+from ._classes import along
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._shards import whole_best, whole_rows
-from ._softmax import along, compute_dtype
+from ._softmax import compute_dtype
 from ._streaming import head_sums
 from ._targets import Rows, read_rows
 from ._total import head_total

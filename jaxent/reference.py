@@ -33,8 +33,9 @@ from ._arguments import (
     read_z_loss,
 )
 from ._axes import first_class, num_shards, psum, read_axis_names
+from ._classes import along
 from ._reduction import total
-from ._softmax import along, compute_dtype, times, unless_zero
+from ._softmax import compute_dtype, times, unless_zero
 from ._targets import read_indices
 from .stats import WANTED, TokenStats
 

@@ -16,8 +16,9 @@ from jax.typing import DTypeLike
 
 from ._arguments import ArrayOrList, read_index_targets, read_logits, read_softcap
 from ._axes import AxisName, read_axis_names
+from ._classes import first_best
 from ._shards import whole_best, whole_rows
-from ._softmax import RowSums, cap, compute_dtype, first_best, hide, log, row_max, row_sums
+from ._softmax import RowSums, cap, compute_dtype, hide, log, row_max, row_sums
 from ._targets import Rows, read_rows
 from .linear import PrecisionLike, read_head, rows_of_head
 

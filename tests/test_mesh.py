@@ -18,7 +18,7 @@ from sharded_calls import AUTO, AXES, CASES, WHOLE, call, given, specs, whole, w
 import jaxent
 import jaxent._total
 import jaxent.linear
-from jaxent import _softmax
+from jaxent import _classes
 
 kinds = pytest.mark.parametrize("kind", MESHES)
 TOLD = {"auto": AUTO, "explicit": WHOLE}
@@ -344,7 +344,7 @@ def test_what_is_compared_with_classes_is_split_like_them():
     tree = given("cross_entropy")
 
     def kinds_of(x, y):
-        hits = _softmax._one_hot(y[:, None], x, -1)
+        hits = _classes.one_hot(y[:, None], x, -1)
         return jax.typeof(hits).sharding.spec
 
     with jax.set_mesh(mesh):
