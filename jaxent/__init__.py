@@ -12,17 +12,52 @@ loss = jaxent.CrossEntropyLoss(weight=class_weights, label_smoothing=0.1)(logits
 loss. `reference` has the formulas that they equal, `porting` the way from PyTorch.
 """
 
-from . import porting as porting
-from . import reference as reference
-from .functional import cross_entropy as cross_entropy
-from .functional import log_softmax as log_softmax
-from .functional import nll as nll
-from .functional import total_weight as total_weight
-from .head import LinearHead as LinearHead
-from .linear import linear_cross_entropy as linear_cross_entropy
-from .losses import CrossEntropyLoss as CrossEntropyLoss
-from .losses import LinearCrossEntropyLoss as LinearCrossEntropyLoss
-from .losses import NLLLoss as NLLLoss
-from .stats import TokenStats as TokenStats
-from .stats import linear_token_stats as linear_token_stats
-from .stats import token_stats as token_stats
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import reference
+from .functional import cross_entropy, log_softmax, nll, total_weight
+from .linear import linear_cross_entropy
+from .stats import TokenStats, linear_token_stats, token_stats
+
+if TYPE_CHECKING:
+    from . import porting
+    from .head import LinearHead
+    from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
+
+__all__ = [
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "LinearHead",
+    "NLLLoss",
+    "TokenStats",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_token_stats",
+    "log_softmax",
+    "nll",
+    "porting",
+    "reference",
+    "token_stats",
+    "total_weight",
+]
+
+# What needs flax.nnx, which takes as long to import as flax: on first use.
+_MODULES = {
+    "CrossEntropyLoss": "losses",
+    "LinearCrossEntropyLoss": "losses",
+    "LinearHead": "head",
+    "NLLLoss": "losses",
+    "porting": "porting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    return getattr(module, name, module)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
