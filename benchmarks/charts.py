@@ -36,6 +36,7 @@ CHARTS = {  # the picture's name: of which question, and how
             "only": of_speed,
             "log": False,
             "hide": ("pass", "options"),
+            "without": ("reference",),
         },
     ),
     "memory": (

@@ -97,7 +97,7 @@ def _torch_runner(logits, targets, axis, options, gradients):
 
     def both():
         loss = pytorch(leaf, targets, axis, **options)
-        return loss, torch.autograd.grad(loss, leaf)[0]
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     return both
 

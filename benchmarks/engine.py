@@ -194,12 +194,14 @@ def chart(
     label: str = "",
     only: Callable[[dict], bool] = lambda row: True,
     hide: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
     floor: float = 0,
     log: bool = True,
 ) -> None:
     """Bars of each row's sides, grouped by case; `relative_to` divides them by one side's.
 
-    `hide` are keys of the case that a group's name leaves out, `floor` is the shortest bar.
+    `hide` are keys of the case that a group's name leaves out, `without` are sides that have no
+    bars, `floor` is the shortest bar.
     """
     import matplotlib
 
@@ -209,7 +211,11 @@ def chart(
     rows = [row for row in saved["rows"] if only(row)]
     if relative_to:
         rows = [row for row in rows if number(row["values"].get(relative_to))]
-    sides = [s for s in saved["sides"] if any(number(r["values"].get(s)) is not None for r in rows)]
+    sides = [
+        side
+        for side in saved["sides"]
+        if side not in without and any(number(r["values"].get(side)) is not None for r in rows)
+    ]
     palette = plt.get_cmap("Set2").colors
     colors = {side: palette[i % len(palette)] for i, side in enumerate(sides)}
     colors["jaxent"] = "#0b3d91"

@@ -13,6 +13,8 @@ from jaxent import reference
 
 INF, NAN = np.inf, np.nan
 
+pytestmark = pytest.mark.usefixtures("sums")
+
 
 def loss_and_gradient(logits, targets, **keywords):
     def total(logits):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 import jaxent
 from jaxent import reference
 
+pytestmark = pytest.mark.usefixtures("sums")
 law = settings(max_examples=12, deadline=None)
 SHAPES = [((4, 5), 1), ((3, 5, 2), 1), ((5,), 0)]
 TRACED = ("weight", "sample_weight", "label_smoothing", "z_loss")

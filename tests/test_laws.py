@@ -34,6 +34,7 @@ BATCHED = [((4, 5), 1), ((6, 3), 1), ((3, 5, 2), 1)]
 ULPS = 32
 
 
+@pytest.mark.usefixtures("sums")
 @settings(max_examples=60, deadline=None)
 @given(calls(EVERY_OPTION))
 def test_cross_entropy_equals_its_reference(call):
@@ -41,6 +42,7 @@ def test_cross_entropy_equals_its_reference(call):
     assert_same(actual, evaluate(reference.cross_entropy, call), ULPS)
 
 
+@pytest.mark.usefixtures("sums")
 @settings(max_examples=30, deadline=None)
 @given(calls(NLL_OPTIONS))
 def test_nll_equals_its_reference(call):
