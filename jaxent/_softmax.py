@@ -115,10 +115,10 @@ def log(total):
 @log.defjvp
 def _log_jvp(primals, tangents):
     (total,), (d_total,) = primals, tangents
-    return log(total), d_total / jnp.where(_has_log(total), total, 1)
+    return log(total), d_total / jnp.where(has_log(total), total, 1)
 
 
-def _has_log(total):
+def has_log(total):
     return (total > 0) & (total < jnp.inf)
 
 
@@ -128,9 +128,28 @@ def product(q, centred):
 
 
 @product.defjvp
-def product_jvp(primals, tangents):
-    (q, centred), (dq, d_centred) = primals, tangents
-    return product(q, centred), q * d_centred + dq * jnp.where(jnp.isfinite(centred), centred, 0)
+def _product_jvp(primals, tangents):
+    return product(*primals), _product_tangent(*primals, *tangents)
+
+
+def _product_tangent(q, centred, dq, d_centred):
+    return q * d_centred + dq * jnp.where(jnp.isfinite(centred), centred, 0)
+
+
+@jax.custom_jvp
+def _scaled(d_total, exps):
+    """`times(d_total, exps)` of a poisoned d_total, which is not 0 only where all exps are finite.
+
+    Said so, it is short enough for XLA's CPU compiler to vectorize ten classes of bfloat16, in a
+    quarter of the time (jax 0.10.2).
+    """
+    scaled = d_total * exps
+    return jnp.where(jnp.isnan(scaled), 0 * d_total, scaled)
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    return _scaled(*primals), _product_tangent(*primals, *tangents)
 
 
 class RowSums(NamedTuple):
@@ -315,7 +334,7 @@ def poison(total: Any, d_sums: RowSums) -> RowSums:
     """Cotangents of the sums, NaN for a row that is counted and whose total has no logarithm."""
     if total is None:
         return d_sums
-    lost = (d_sums.total != 0) & ~_has_log(total)
+    lost = (d_sums.total != 0) & ~has_log(total)
     return d_sums._replace(total=jnp.where(lost, jnp.nan, d_sums.total))
 
 
@@ -330,9 +349,9 @@ def row_gradients(
     d_q = None
     if total is not None:
         exps = _exponentials(softcap, x, shift, exists)
-        d_centred += times(d_total, exps)
+        d_centred += _scaled(d_total, exps)
         if entropy is not None:
-            uncounted = (d_entropy == 0) & ~_has_log(total)
+            uncounted = (d_entropy == 0) & ~has_log(total)
             probs = jnp.where(uncounted, 0, exps) / jnp.where(uncounted, 1, total)
             log_probs = jnp.where(uncounted, -jnp.inf, centred - log(total))
             d_centred -= d_entropy * product(probs, log_probs + entropy)

@@ -36,7 +36,7 @@ from ._axes import AxisName, local_index, num_shards, read_axis_names
 from ._classes import along
 from ._reduction import reduce, total
 from ._shards import whole_rows
-from ._softmax import RowSums, compute_dtype, hide, log, row_max, row_sums, times
+from ._softmax import RowSums, compute_dtype, has_log, hide, log, row_max, row_sums, times
 from ._targets import Rows, pick_weight, read_existing, read_indices, read_rows
 
 
@@ -276,8 +276,8 @@ def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowS
         return loss, 0 if z_loss is None else (shift + log_sum) ** 2
 
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
-    # would be 0 * inf. The total by itself is NaN where its logarithm is not finite.
-    one = 0 if sums.total is None else sums.total / sums.total
+    # would be 0 * inf. A 1 in the logarithm's place is NaN where that is not finite.
+    one = 0 if sums.total is None else jnp.where(has_log(sums.total), 1, jnp.nan)
     finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient((shift, one, sums)))))
     shift, sums = hide((rows.sample_weight == 0) & ~finite, shift, sums)
     log_sum = 0 if sums.total is None else log(sums.total)
