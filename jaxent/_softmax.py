@@ -224,7 +224,8 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
         return sums._replace(picked=_centre(softcap, target, shift, known))
 
     arguments = x, shift, exists, index, mass
-    if _is_unrolled(axis, x, mass):
+    several = mass is not None or (shift is not None and (entropy or index is not None))
+    if several and _is_unrolled(axis, x, mass):
         sums = jax.lax.platform_dependent(*arguments, cpu=in_one_pass, default=one_by_one)
     else:
         sums = one_by_one(*arguments)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 import jaxent
 from jaxent import reference
 
-pytestmark = pytest.mark.usefixtures("sums")
+both_sums = pytest.mark.usefixtures("sums")
 law = settings(max_examples=12, deadline=None)
 SHAPES = [((4, 5), 1), ((3, 5, 2), 1), ((5,), 0)]
 TRACED = ("weight", "sample_weight", "label_smoothing", "z_loss")
@@ -29,6 +29,7 @@ def summed(name):
     return None if name in ("logits", "targets") else 100
 
 
+@both_sums
 @settings(max_examples=25, deadline=None)
 @given(calls(EVERY_OPTION, SHAPES, ["float32", "bfloat16", "float16"]))
 def test_gradients_equal_those_of_the_formula_in_float64(call):
@@ -145,6 +146,7 @@ def test_hessian_of_every_pair_of_arguments(configured):
     assert_trees_close(actual, jax.jit(jax.jacfwd(jax.jacfwd(plain)))(floats))
 
 
+@both_sums
 def test_jvp_of_grad_and_grad_of_grad_and_linearize(configured):
     loss, plain, floats = configured
     tangent = jax.tree.map(jnp.cos, floats)
@@ -260,12 +262,14 @@ def test_sample_weight_of_zero_has_the_loss_of_its_example_as_derivative():
     assert_close(grad, each, 2)
 
 
+@both_sums
 def test_target_probability_of_zero_has_minus_log_p_as_derivative():
     logits, targets = jnp.array([[1.0, 2.0, -1.0]]), jnp.array([[0.0, 1.0, 0.0]])
     grad = jax.grad(lambda t: jaxent.cross_entropy(logits, t))(targets)
     assert_close(grad, -jaxent.log_softmax(logits), 2)
 
 
+@both_sums
 def test_smoothing_of_zero_and_z_loss_of_zero_have_derivatives():
     logits, targets = jnp.array([[1.0, 2.0, -1.0]]), jnp.array([1])
     smoothing, z_loss = jax.grad(
@@ -276,6 +280,7 @@ def test_smoothing_of_zero_and_z_loss_of_zero_have_derivatives():
     assert_close(z_loss, jax.nn.logsumexp(logits) ** 2, 4)
 
 
+@both_sums
 def test_class_weight_of_zero_has_a_derivative():
     logits, targets = jnp.array([[1.0, 2.0, -1.0]]), jnp.array([1])
     grad = jax.grad(lambda w: jaxent.cross_entropy(logits, targets, weight=w, reduction="sum"))(
@@ -284,6 +289,7 @@ def test_class_weight_of_zero_has_a_derivative():
     assert_close(grad, jnp.array([0, -jaxent.log_softmax(logits)[0, 1], 0]), 2)
 
 
+@both_sums
 def test_second_derivatives_of_uncounted_nan_rows_are_zero():
     logits = jnp.array([[1.0, 2.0, -1.0], [jnp.nan, 0.0, 1.0]])
     targets = jnp.array([1, -100])
@@ -299,6 +305,7 @@ def test_second_derivatives_of_uncounted_nan_rows_are_zero():
     assert np.all(np.isfinite(reverse)) and np.any(reverse[0] != 0)
 
 
+@both_sums
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_grad_of_grad_of_shared_arguments_passes_by_uncounted_nan_rows(kind):
     logits = jnp.array([[1.0, 2.0, 3.0], [jnp.nan, 0.0, -jnp.inf], [0.0, 1.0, 1.0]])

@@ -72,6 +72,18 @@ def test_importing_porting_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_jaxent_imports_no_flax_before_an_object_is_used():
+    code = (
+        "import sys, jaxent; assert 'flax' not in sys.modules; "
+        "assert {'NLLLoss', 'porting'} <= {*dir(jaxent)}; "
+        "from jaxent import *; assert 'flax' in sys.modules; "
+        "assert NLLLoss is jaxent.losses.NLLLoss and porting is jaxent.porting"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        jaxent.nothing  # noqa: B018
+
+
 @pytest.mark.parametrize("shape", [(4,), (6, 4), (2, 4, 3)])
 def test_cross_entropy_module_computes_the_same_here(torch, shape):
     rng = np.random.default_rng(0)
