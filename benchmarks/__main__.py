@@ -28,13 +28,12 @@ QUESTIONS = (
     "exactness",
     "training_step",
 )
-# Read by JAX when it is imported, and by glibc: freed memory is kept, or some sides but not others
-# pay for page faults, which take longer than what is measured.
-KEPT = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+# Read by JAX, and by PyTorch's OpenMP, whose threads otherwise spin into the turn of the next side.
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 ENVIRONMENT = {
     "dense_compiled": {"JAX_PLATFORMS": "cpu"},
-    "head_speed": {"JAX_PLATFORMS": "cpu"},
-    "dense_speed": {"JAX_PLATFORMS": "cpu"} | KEPT,
+    "head_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
+    "dense_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "head_memory": {"JAX_PLATFORMS": "cpu"},
     "sharded": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
 }

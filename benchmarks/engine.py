@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import statistics
 import textwrap
 import time
@@ -70,7 +71,8 @@ def interleaved(runs: dict[str, Callable[[], Any]], reps: int, least: float = 0.
 
     The sides take turns, so that what else the machine does falls on all of them. A turn runs
     a side for at least `least` seconds (a fast one several times, and its mean counts), after one
-    run that compiles and one that warms up. A side's order within a turn changes by turn.
+    run that compiles and one that warms up. The order is drawn for each turn: what a side leaves
+    behind (threads that spin, memory) falls on another each time.
     """
     first = {name: outcome(run) for name, run in runs.items()}
     failed = {name: x for name, x in first.items() if isinstance(x, str)}
@@ -83,8 +85,8 @@ def interleaved(runs: dict[str, Callable[[], Any]], reps: int, least: float = 0.
         counts[name] = max(1, round(least / (time.perf_counter() - start)))
     seconds = {name: [] for name in alive}
     gc.collect()
-    for turn, i in itertools.product(range(reps), range(len(alive))):
-        name = alive[(i + turn) % len(alive)]
+    order = random.Random(0)
+    for name in itertools.chain(*(order.sample(alive, len(alive)) for _ in range(reps))):
         start = time.perf_counter()
         for _ in range(counts[name]):
             runs[name]()
