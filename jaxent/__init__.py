@@ -48,6 +48,8 @@ _MODULES = {
     "LinearCrossEntropyLoss": "losses",
     "LinearHead": "head",
     "NLLLoss": "losses",
+    "head": "head",
+    "losses": "losses",
     "porting": "porting",
 }
 
