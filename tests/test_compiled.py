@@ -15,6 +15,9 @@ import pytest
 
 import jaxent
 
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="XLA fuses less before jax 0.10: a loss holds its logits"
+)
 N, C = 256, 4096
 OPTIONS = {
     "plain": {},
@@ -41,7 +44,7 @@ def scratch(program):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 0.03), ("bfloat16", 1.03)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 0.05), ("bfloat16", 1.05)])
 def test_no_option_adds_scratch_of_the_size_of_the_logits(dtype, bound, options):
     # In half precision the exponentials are kept for the backward pass in float32, once.
     assert scratch(compiled(dtype, OPTIONS[options])) < bound
@@ -49,7 +52,7 @@ def test_no_option_adds_scratch_of_the_size_of_the_logits(dtype, bound, options)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_forward_pass_holds_no_logits(dtype):
-    assert scratch(compiled(dtype, {}, gradient=False)) < 0.03
+    assert scratch(compiled(dtype, {}, gradient=False)) < 0.05
 
 
 @pytest.mark.parametrize(("options", "passes"), [("plain", 7), ("softcap", 8)])
