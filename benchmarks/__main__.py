@@ -25,6 +25,7 @@ QUESTIONS = (
     "head_memory",
     "sharded",
     "compile_time",
+    "call_cost",
     "exactness",
     "training_step",
 )
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "head_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "dense_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "head_memory": {"JAX_PLATFORMS": "cpu"},
+    "call_cost": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "sharded": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
 }
 

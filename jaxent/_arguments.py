@@ -1,9 +1,11 @@
 """The arguments, checked: everything that can be refused while tracing is refused here.
 
 Every public function says the same thing in the same words: the argument's name, the
-shapes, and what to pass.
+shapes, and what to pass. Nothing is computed: arrays come out as they came in, JAX's or
+NumPy's, for one compiled function to read.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -15,68 +17,172 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._axes import num_shards, read_axis_names
-
 ArrayOrList = ArrayLike | Sequence[Any]
 
 REDUCTIONS = ("mean", "sum", "none")
+NUMBERS = (bool, int, float, complex, np.generic)
 
 
-def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+def describe(value: Any) -> str:
+    """A value in an error message: what it is, in a few words."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    text = repr(value) if isinstance(value, (str, *NUMBERS, list, tuple, type(None))) else ""
+    return text if 0 < len(text) <= 60 else f"a {type(value).__name__}"
 
 
-def _as_array(name: str, value) -> Array:
+def describe_pair(a_name: str, a: Any, b_name: str, b: Any) -> str:
+    return f"{a_name} is {describe(a)}, {b_name} {describe(b)}"
+
+
+def check_reduction(reduction: Any) -> None:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {describe(reduction)}")
+
+
+def read_array(name: str, value: Any) -> Any:
+    """An array of a dtype that JAX has: a JAX array as it came, else NumPy's if that will do."""
     try:
-        return jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be an array or a number, got {value!r}") from None
+        if type(value) is np.ndarray or _is_of_numbers(value):
+            value = np.asarray(value)
+            array: Any = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+        else:
+            array = value if isinstance(value, jax.Array) else jnp.asarray(value)
+        if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool:
+            return array
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"{name} must be an array or a number, got {describe(value)}")
 
 
-def read_logits(logits, name: str) -> Array:
-    logits = _as_array(name, logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be a float array, got {logits.dtype}{list(logits.shape)}; "
-            f"the order of arguments is {name}, targets"
-        )
+def _is_of_numbers(value: Any) -> bool:
+    """Whether NumPy reads it without JAX: a number, or lists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_of_numbers, value))
+    return isinstance(value, NUMBERS)
+
+
+def is_float(array: Any) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def read_logits(logits: Any, name: str) -> Any:
+    logits = read_array(name, logits)
+    if not is_float(logits):
+        swapped = jnp.issubdtype(logits.dtype, jnp.integer) and logits.ndim < 2
+        hint = f"; the order of arguments is {name}, targets" if swapped else ""
+        raise TypeError(f"{name} must be a float array, got {describe(logits)}{hint}")
     if logits.ndim == 0:
         raise ValueError(f"{name} must have a class axis, got a scalar")
     return logits
 
 
-def read_targets(targets) -> Array:
-    """Targets; integers of fewer than 32 bits widened, so that all numbers compare."""
-    targets = _as_array("targets", targets)
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        return targets.astype(jnp.int32) if jnp.iinfo(targets.dtype).bits < 32 else targets
-    if not jnp.issubdtype(targets.dtype, jnp.floating):
+def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
+    """Targets, of at least 32 bits where they are integers, and the ignored one, of their dtype.
+
+    No integer is cut: one that JAX's integers lack becomes another that is out of range, or
+    ignored, as it is itself.
+    """
+    ignore_index = read_ignore_index(ignore_index)
+    whole = _whole_numbers(targets)
+    if whole is not None and whole.dtype.itemsize == 8:
+        _check_holds(whole, ignore_index)
+        return _cut(whole, ignore_index)
+    targets = read_array("targets", targets if whole is None else whole)
+    if is_float(targets):
+        if ignore_index is not None and ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index={ignore_index} has no meaning for class probabilities: give those "
+                "examples a sample_weight of 0, and leave ignore_index negative or None"
+            )
+        return targets, None
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(
             "targets must be integer class indices or float class probabilities, got "
-            f"{targets.dtype}{list(targets.shape)}"
+            f"{describe(targets)}"
         )
-    return targets
+    _check_holds(targets, ignore_index)
+    dtype = targets.dtype if jnp.iinfo(targets.dtype).bits >= 32 else jnp.dtype("int32")
+    limits = jnp.iinfo(dtype)
+    if ignore_index is None or not limits.min <= ignore_index <= limits.max:
+        return targets, None
+    return targets, np.asarray(ignore_index, dtype)
 
 
-def read_index_targets(
-    targets,
-    wanted: str = "total_weight counts class indices; for class probabilities the mean divides "
-    "by the sum of sample weights",
-) -> Array:
-    targets = read_targets(targets)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        raise TypeError(f"targets are {targets.dtype}{list(targets.shape)}: {wanted}")
-    return targets
+def _whole_numbers(targets: Any) -> Any:
+    """NumPy and Python integers as a NumPy array, of objects where no dtype has them all."""
+    if type(targets) is np.ndarray:
+        return targets if targets.dtype.kind in "iu" else None
+    if not _is_of_numbers(targets):
+        return None
+    try:
+        array = np.asarray(targets)
+        if array.dtype.kind in "fO":  # 2**63 and -1 have no common integer dtype
+            array = np.asarray(targets, object)
+            kinds = {type(x) for x in array.flat}
+            whole = kinds and all(issubclass(k, (int, np.integer)) for k in kinds - {bool})
+            return array if whole and bool not in kinds else None
+    except ValueError:  # ragged
+        return None
+    return array if array.dtype.kind in "iu" else None
 
 
-def check_axis(axis) -> None:
-    if not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"axis must be an integer, got {axis!r}")
+def _check_holds(targets: Any, ignore_index: int | None) -> None:
+    """A dtype too narrow for an index to be ignored has been cut to it, most likely."""
+    if ignore_index is None or ignore_index < 0 or targets.dtype == object:
+        return
+    if ignore_index > jnp.iinfo(targets.dtype).max:
+        raise ValueError(
+            f"ignore_index={ignore_index}: targets are {describe(targets)}, and no "
+            f"{targets.dtype} is {ignore_index}; pass targets of a wider dtype, from before they "
+            "were cut, or ignore_index=None"
+        )
 
 
-def read_axis(axis, ndim: int, name: str) -> int:
-    check_axis(axis)
+def _cut(targets: np.ndarray, ignore_index: int | None) -> tuple[np.ndarray, Any]:
+    """NumPy's integers as JAX's. The two largest of those stand for what they lack."""
+    kind = np.dtype("int64") if targets.dtype == object else targets.dtype
+    dtype = jax.dtypes.canonicalize_dtype(kind)
+    limits = np.iinfo(dtype)
+    ignored, outside = limits.max - 1, limits.max
+    if dtype != targets.dtype:
+        inside = (targets >= limits.min) & (targets <= limits.max)
+        cut = np.where(inside, targets, outside)
+        if ignore_index is not None and not limits.min <= ignore_index <= limits.max:
+            cut = np.where(cut == ignored, outside, cut)
+            cut = np.where(targets == ignore_index, ignored, cut)
+            ignore_index = ignored
+        elif ignore_index == outside:
+            cut = np.where(inside, cut, ignored)
+        targets = cut.astype(dtype)
+    if ignore_index is None or not limits.min <= ignore_index <= limits.max:
+        return targets, None
+    return targets, np.asarray(ignore_index, dtype)
+
+
+def read_index_targets(targets: Any, ignore_index: Any, wanted: str) -> tuple[Any, Any]:
+    targets, ignored = read_targets(targets, ignore_index)
+    if is_float(targets):
+        raise TypeError(f"targets are {describe(targets)}: {wanted}")
+    return targets, ignored
+
+
+def _read_integer(name: str, value: Any, wanted: str) -> int:
+    try:
+        return operator.index(value)
+    except (TypeError, jax.errors.JAXTypeError):
+        raise TypeError(f"{name} must be {wanted}, got {_static(name, value)}") from None
+
+
+def _static(name: str, value: Any) -> str:
+    """A value that has to be known while tracing, in an error message."""
+    if not isinstance(value, jax.core.Tracer):
+        return describe(value)
+    return f"{describe(value)}, traced; name {name!r} in static_argnames of jax.jit"
+
+
+def read_axis(axis: Any, ndim: int, name: str) -> int:
+    axis = _read_integer("axis", axis, "an integer")
     if ndim == 1 and axis == 1:  # PyTorch's class axis, of one example
         return 0
     if not -ndim <= axis < ndim:
@@ -84,14 +190,19 @@ def read_axis(axis, ndim: int, name: str) -> int:
     return axis % ndim
 
 
-def read_class_axis(axis, logits: Array, targets: Array, name: str) -> int:
+def check_axis(axis: Any) -> None:
+    if axis is not None:
+        _read_integer("axis", axis, "an integer")
+
+
+def read_class_axis(axis: Any, logits: Any, targets: Any, name: str) -> int:
     """The class axis, given or read off the shapes; never guessed."""
     shape, ndim = logits.shape, logits.ndim
-    shapes = f"{name} are {list(shape)}, targets {targets.dtype}{list(targets.shape)}"
+    shapes = f"{name} are {list(shape)}, targets {describe(targets)}"
     # Read off the shapes, it is PyTorch's 1 or JAX's -1; of 1-D logits it is 0.
     likely = sorted({min(1, ndim - 1), ndim - 1})
     axes = likely if axis is None else [read_axis(axis, ndim, name)]
-    if jnp.issubdtype(targets.dtype, jnp.floating):
+    if is_float(targets):
         if targets.shape != shape:
             raise ValueError(
                 f"{shapes}: float targets are class probabilities and need the shape of the "
@@ -121,113 +232,117 @@ def read_class_axis(axis, logits: Array, targets: Array, name: str) -> int:
     return axes[0]
 
 
-def check_class_mask(class_mask) -> None:
-    if (dtype := _as_array("class_mask", class_mask).dtype) != jnp.bool:
-        raise TypeError(f"class_mask is {dtype}: it must be bool, True for the classes that exist")
+def read_bool_mask(class_mask: Any) -> Any:
+    class_mask = read_array("class_mask", class_mask)
+    if class_mask.dtype != bool:
+        raise TypeError(
+            f"class_mask is {describe(class_mask)}: it must be bool, True for the classes that "
+            "exist"
+        )
+    return class_mask
 
 
-def read_class_mask(class_mask, logits: Array, axis: int, name: str) -> Array | None:
-    """Which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
+def read_class_mask(class_mask: Any, shape: tuple[int, ...], axis: int, name: str) -> Any:
+    """Which classes exist: (C,), or something that broadcasts to the logits' shape."""
     if class_mask is None:
         return None
-    check_class_mask(class_mask)
-    class_mask = jnp.asarray(class_mask)
-    table = tuple(size if i == axis else 1 for i, size in enumerate(logits.shape))
-    got = f"class_mask is {class_mask.dtype}{list(class_mask.shape)}, {name} {list(logits.shape)}"
-    if class_mask.shape in [(logits.shape[axis],), table]:
-        return class_mask.reshape(table)
-    if class_mask.ndim != logits.ndim or not _broadcasts(class_mask.shape, logits.shape):
+    class_mask = read_bool_mask(class_mask)
+    if class_mask.shape == (shape[axis],):
+        return class_mask
+    if class_mask.ndim != len(shape) or not _broadcasts(class_mask.shape, shape):
         raise ValueError(
-            f"{got}: it must be [{logits.shape[axis]}], one value a class, or have "
-            f"{logits.ndim} dimensions and broadcast to the {name}"
+            f"class_mask is {describe(class_mask)}, {name} {list(shape)}: it must be "
+            f"[{shape[axis]}], one value a class, or have {len(shape)} dimensions and broadcast "
+            f"to the {name}"
         )
-    return jnp.broadcast_to(class_mask, logits.shape)
+    return class_mask
 
 
-def read_weight(weight, num_classes: int | None, dtype=jnp.float32) -> Array | None:
+def read_weight(
+    weight: Any, num_classes: int | None, per_example: tuple[int, ...] | None = None
+) -> Any:
     """Class weights, (C,); `num_classes` None leaves their number open."""
     if weight is None:
         return None
-    weight = _as_array("weight", weight)
-    length = "C" if num_classes is None else num_classes
-    if weight.ndim != 1 or num_classes not in (None, weight.size):
+    weight = _read_real("weight", weight)
+    if weight.ndim != 1 or (num_classes is not None and weight.shape != (num_classes,)):
+        length = "C" if num_classes is None else num_classes
+        hint = ""
+        if per_example is not None and weight.ndim and weight.shape == per_example:
+            hint = "; for one number an example, pass sample_weight"
         raise ValueError(
-            f"weight is {list(weight.shape)}: it must be [{length}], one number a class"
+            f"weight is {list(weight.shape)}: it must be [{length}], one number a class{hint}"
         )
-    return _real("weight", weight, dtype)
+    return weight
 
 
-def read_sample_weight(sample_weight, shape: tuple[int, ...], dtype) -> Array:
-    """Sample weights of the per-example shape; ones if None."""
+def read_sample_weight(sample_weight: Any, shape: tuple[int, ...]) -> Any:
+    """A scalar, or of as many dimensions as an example's shape has, each of its size or 1."""
     if sample_weight is None:
-        return jnp.ones(shape, dtype)
-    sample_weight = _as_array("sample_weight", sample_weight)
-    if not _broadcasts(sample_weight.shape, shape):
-        raise ValueError(
-            f"sample_weight is {list(sample_weight.shape)}: it must broadcast to {list(shape)}, "
-            "one number an example"
-        )
-    return jnp.broadcast_to(_real("sample_weight", sample_weight, dtype), shape)
+        return None
+    sample_weight = _read_real("sample_weight", sample_weight)
+    got = sample_weight.shape
+    if got == () or (len(got) == len(shape) and _broadcasts(got, shape)):
+        return sample_weight
+    hint = ""
+    if len(got) < len(shape) and got == shape[: len(got)]:
+        index = ", ".join([":"] * len(got) + ["None"] * (len(shape) - len(got)))
+        hint = f"; to weigh the first axis of each, pass sample_weight[{index}]"
+    raise ValueError(
+        f"sample_weight is {list(got)}: it must broadcast to {list(shape)}, one number an "
+        f"example, with {len(shape)} dimensions or none{hint}"
+    )
 
 
-def read_ignore_index(ignore_index, targets: Array | None = None) -> int | None:
+def read_ignore_index(ignore_index: Any) -> int | None:
     if ignore_index is None:
         return None
-    try:
-        ignore_index = operator.index(ignore_index)
-    except (TypeError, jax.errors.JAXTypeError):
-        raise TypeError(
-            f"ignore_index must be a Python integer or None, got {ignore_index!r}; for a mask "
-            "that is computed, pass sample_weight"
-        ) from None
-    probabilities = targets is not None and jnp.issubdtype(targets.dtype, jnp.floating)
-    if probabilities and ignore_index >= 0:
-        raise ValueError(
-            f"ignore_index={ignore_index} has no meaning for class probabilities: give those "
-            "examples a sample_weight of 0, and leave ignore_index negative or None"
-        )
-    return ignore_index
+    wanted = "a Python integer or None (for a mask that is computed, pass sample_weight)"
+    return _read_integer("ignore_index", ignore_index, wanted)
 
 
-def read_label_smoothing(label_smoothing, dtype=jnp.float32) -> Array | None:
-    """A scalar array, or None for a Python 0. A traced value outside [0, 1] becomes NaN."""
-    smoothing = _read_coefficient("label_smoothing", label_smoothing, dtype, 0, 1)
-    if smoothing is None:
-        return None
-    return jnp.where((smoothing >= 0) & (smoothing <= 1), smoothing, jnp.nan)
+def read_label_smoothing(label_smoothing: Any) -> Any:
+    """A scalar, or None for a Python 0."""
+    return _read_coefficient("label_smoothing", label_smoothing, 0, 1)
 
 
-def read_z_loss(z_loss, dtype=jnp.float32) -> Array | None:
-    return _read_coefficient("z_loss", z_loss, dtype, -math.inf, math.inf)
+def read_z_loss(z_loss: Any) -> Any:
+    return _read_coefficient("z_loss", z_loss, -math.inf, math.inf)
 
 
-def _read_coefficient(name: str, value, dtype, low, high) -> Array | None:
-    """A scalar array, or None for a Python 0; Python numbers are range-checked."""
-    if isinstance(value, (int, float, np.generic)) or (
-        type(value) is np.ndarray and value.ndim == 0
-    ):
-        if not low <= value <= high:
+def _read_coefficient(name: str, value: Any, low: float, high: float) -> Any:
+    """A scalar, or None for a Python 0; Python numbers are range-checked."""
+    array = _read_real(name, value)
+    if array.ndim != 0:
+        raise ValueError(f"{name} must be a scalar, got {describe(array)}")
+    if not isinstance(array, jax.Array):
+        if not low <= array <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-        if value == 0:
+        if array == 0:
             return None
-    value = _as_array(name, value)
-    if value.ndim != 0:
-        raise ValueError(f"{name} must be a scalar, got {value.dtype}{list(value.shape)}")
-    return _real(name, value, dtype)
+    return array
 
 
-def read_softcap(softcap) -> float | None:
+def read_softcap(softcap: Any) -> float | None:
     if softcap is None:
         return None
-    if not isinstance(softcap, (int, float, np.number)) or not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive Python number or None, got {softcap!r}")
-    return float(softcap)
+    try:
+        value = float(softcap) if getattr(softcap, "ndim", 0) == 0 else math.nan
+    except (TypeError, ValueError, jax.errors.JAXTypeError):
+        value = math.nan
+    if isinstance(softcap, (str, bytes)) or not 0 < value < math.inf:
+        error = TypeError if isinstance(softcap, jax.core.Tracer) else ValueError
+        raise error(
+            f"softcap must be a positive Python number or None, got {_static('softcap', softcap)}"
+        )
+    return value
 
 
-def _real(name, array, dtype):
+def _read_real(name: str, value: Any) -> Any:
+    array = read_array(name, value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"{name} must be real, got {array.dtype}{list(array.shape)}")
-    return array.astype(dtype)
+        raise TypeError(f"{name} must be real, got {describe(array)}")
+    return array
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -237,50 +352,86 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return False
 
 
-def read_hidden_and_kernel(hidden, kernel, class_axis, dtype, width_axis_name=None):
-    """Both, the class axis as 0 or 1, and the dtype of their product."""
-    hidden, kernel = _as_array("hidden", hidden), _as_array("kernel", kernel)
-    shapes = f"hidden is {hidden.dtype}{list(hidden.shape)}, kernel {kernel.dtype}"
-    shapes += f"{list(kernel.shape)}"
-    for array in (hidden, kernel):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(
-                f"{shapes}: both must be float arrays; the order of arguments is hidden, "
-                "kernel, targets"
-            )
+def read_hidden_and_kernel(
+    hidden: Any, kernel: Any, class_axis: Any, dtype: Any, num_shards: int
+) -> tuple[Any, Any, int, Any]:
+    """Both, the class axis as 0 or 1, and the dtype of their product.
+
+    `num_shards` is the number of parts of the kernel's width.
+    """
+    hidden, kernel = read_array("hidden", hidden), read_array("kernel", kernel)
+    shapes = describe_pair("hidden", hidden, "kernel", kernel)
+    if not (is_float(hidden) and is_float(kernel)):
+        swapped = jnp.issubdtype(kernel.dtype, jnp.integer) and kernel.ndim == hidden.ndim - 1
+        hint = "; the order of arguments is hidden, kernel, targets" if swapped else ""
+        raise TypeError(f"{shapes}: both must be float arrays{hint}")
+    for name, array in (("hidden", hidden), ("kernel", kernel)):
+        if jnp.finfo(array.dtype).bits < 16:
+            raise TypeError(f"{shapes}: pass {name}.astype(jnp.bfloat16), or another wider dtype")
     class_axis = read_kernel_axis(class_axis) % 2
     if hidden.ndim == 0 or kernel.ndim != 2:
         raise ValueError(f"{shapes}: they must be (..., D) and (D, C), or (C, D) with class_axis=0")
-    (names,) = read_axis_names(hidden, kernel, width_axis_name=width_axis_name)
-    width, other, shards = hidden.shape[-1], kernel.shape[1 - class_axis], num_shards(names)
-    if width != other * shards:
-        hint = "" if shards == 1 else f" over {shards} shards of width_axis_name"
-        if width == kernel.shape[class_axis] * shards:
+    width, other = hidden.shape[-1], kernel.shape[1 - class_axis]
+    if width != other * num_shards:
+        hint = "" if num_shards == 1 else f" over {num_shards} shards of width_axis_name"
+        if width == kernel.shape[class_axis] * num_shards:
             hint += f"; if its classes are on the other axis, pass class_axis={class_axis - 1}"
         wanted = f"[{width}, C]" if class_axis else f"[C, {width}]"
         raise ValueError(f"{shapes}: the kernel must be {wanted}{hint}")
     if kernel.shape[class_axis] == 0:
         raise ValueError(f"{shapes}: there are no classes along its axis {class_axis}")
+    if width == 0:
+        raise ValueError(f"{shapes}: the hidden states have no features, D is 0")
     return hidden, kernel, class_axis, read_dtype(dtype) or jnp.result_type(hidden, kernel)
 
 
-def read_kernel_axis(class_axis) -> int:
+def read_kernel_axis(class_axis: Any) -> int:
     if not isinstance(class_axis, (int, np.integer)) or class_axis not in (-2, -1, 0, 1):
-        raise ValueError(f"class_axis must be -1, for a (D, C) kernel, or 0, got {class_axis!r}")
+        raise ValueError(
+            "class_axis must be -1, for a (D, C) kernel, or 0, got "
+            f"{_static('class_axis', class_axis)}"
+        )
     return int(class_axis)
 
 
-def read_dtype(dtype):
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a float type or None, got {dtype!r}")
-    return None if dtype is None else jnp.dtype(dtype)
+def read_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    try:
+        read = jnp.dtype(dtype)
+        wide_enough = jnp.issubdtype(read, jnp.floating) and jnp.finfo(read).bits >= 16
+    except (TypeError, ValueError):
+        wide_enough = False
+    if not wide_enough:
+        got = str(dtype) if isinstance(dtype, (np.dtype, type)) else describe(dtype)
+        raise TypeError(f"dtype must be a float type of 16 bits or more, or None, got {got}")
+    return jax.dtypes.canonicalize_dtype(read)
 
 
-def read_head_targets(targets, hidden: Array, num_classes: int) -> Array:
-    targets = read_targets(targets)
+def read_precision(precision: Any, dtype: Any = jnp.float32) -> Any:
+    """A precision that `jax.lax.dot_general` takes, in a form that can be hashed."""
+    if isinstance(precision, list):
+        precision = tuple(precision)
+    try:
+        _try_precision(precision, dtype)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            "precision must be one that jax.lax.dot_general takes for "
+            f"{jnp.dtype(dtype)}, got {describe(precision)}"
+        ) from None
+    return precision
+
+
+@functools.lru_cache
+def _try_precision(precision: Any, dtype: Any) -> None:
+    one = jax.ShapeDtypeStruct((1, 1), dtype)
+    jax.eval_shape(lambda a, b: jax.lax.dot(a, b, precision=precision), one, one)
+
+
+def check_head_targets(targets: Any, hidden: Any, num_classes: int) -> None:
     shape = hidden.shape[:-1]
-    shapes = f"hidden is {list(hidden.shape)}, targets {targets.dtype}{list(targets.shape)}"
-    if jnp.issubdtype(targets.dtype, jnp.floating):
+    shapes = f"hidden is {list(hidden.shape)}, targets {describe(targets)}"
+    if is_float(targets):
         if targets.shape != (*shape, num_classes):
             raise ValueError(
                 f"{shapes}: float targets are class probabilities and must be "
@@ -288,21 +439,23 @@ def read_head_targets(targets, hidden: Array, num_classes: int) -> Array:
             )
     elif targets.shape != shape:
         raise ValueError(f"{shapes}: class indices must be {list(shape)}")
-    return targets
 
 
-def read_bias(bias, num_classes: int, dtype) -> Array | None:
+def read_bias(bias: Any, num_classes: int) -> Any:
     if bias is None:
         return None
-    bias = _as_array("bias", bias)
+    bias = _read_real("bias", bias)
     if bias.shape != (num_classes,):
         raise ValueError(f"bias is {list(bias.shape)}: it must be [{num_classes}]")
-    return _real("bias", bias, dtype)
+    return bias
 
 
-def read_chunk_size(chunk_size) -> int | None:
+def read_chunk_size(chunk_size: Any) -> int | None:
     if chunk_size is None:
         return None
     if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}")
+        raise ValueError(
+            "chunk_size must be a positive integer or None, got "
+            f"{_static('chunk_size', chunk_size)}"
+        )
     return int(chunk_size)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
 
+from ._arguments import describe
+
 AxisName = str | Sequence[Any] | PartitionSpec | None
 Names = tuple[str, ...]
 
@@ -22,6 +24,8 @@ def flat_names(axis_name: AxisName) -> Names:
         return ()
     if isinstance(axis_name, str):
         return (axis_name,)
+    if not isinstance(axis_name, (tuple, list, PartitionSpec)):
+        raise TypeError
     return tuple(name for entry in axis_name for name in flat_names(entry))
 
 
@@ -31,7 +35,7 @@ def check_axis_name(argument: str, axis_name: Any) -> None:
     except TypeError:
         raise TypeError(
             f"{argument} must be a string, a tuple of them, a PartitionSpec or None, got "
-            f"{axis_name!r}"
+            f"{describe(axis_name)}"
         ) from None
 
 
@@ -43,6 +47,8 @@ def meshes(*arrays: Array) -> list[Any]:
 
 def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
     """Of each argument, its names that are mapped. What is neither mapped nor a mesh's raises."""
+    if not any(name is not None for name in given.values()):
+        return ((),) * len(given)
     on_mesh = {name for mesh in meshes(*arrays) for name in mesh.axis_names}
     seen: dict[str, set[str]] = {}
     mapped = []
@@ -122,9 +128,6 @@ def vary_alike(*trees):
     outside of it lets JAX sum over devices what belongs to a replicated one.
     """
     leaves, structure = jax.tree.flatten(trees)
-    # A copy of a tracer compiles to nothing. JAX's custom_vjp refuses a NumPy array that
-    # `vmap` maps inside `jit`; of its copy it is not aware.
-    leaves = [jnp.copy(leaf) if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
     union = frozenset().union(*map(_varying_axes, leaves))
     return jax.tree.unflatten(structure, [_vary(leaf, union) for leaf in leaves])
 
@@ -141,5 +144,4 @@ def _vary(x, axes):
 
 
 def _varying_axes(x: Array) -> frozenset:
-    kind = jax.typeof(x)
-    return kind.mat.varying if hasattr(kind, "mat") else kind.vma  # jax < 0.10: vma
+    return jax.typeof(x).mat.varying

@@ -10,7 +10,8 @@ from jax import Array
 from jax.tree_util import Partial
 
 from ._axes import Names, num_shards, vary_like
-from ._softmax import compute_dtype, row_gradients
+from ._numerics import compute_dtype
+from ._softmax import row_gradients
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
 # took the same time for 2048 tokens (within 5 %), and 4096 more.
@@ -33,9 +34,11 @@ class Plan:
     chunk: Any  # classes; None until a device knows how many it has
     dtype: Any  # of the matmuls' operands
     precision: Any = None
-    softcap: float | None = None
-    stats: bool = False  # whether to return entropy and the most probable class
+    stats: bool = False  # whether to return the moment and the most probable class
+    made_forward: bool = False  # whether gradients are, of a scalar
+    block: int = 0  # tokens that are gone over together then
     width: Names = ()  # mapped axes over which the kernel's width is split
+    gathered: Names = ()  # the same, of those that no chunk can be gathered over
     cpu: bool = False
 
 
@@ -46,6 +49,15 @@ class Head(NamedTuple):
     kernel: Array  # (D, C) or (C, D), or this shard's part of D
     bias: Array | None  # (1, C)
     mass: Partial | None  # exists -> (N, C), its arrays scalars, (N, 1), (1, C) or (N, C)
+
+
+class Fixed(NamedTuple):
+    """What is not differentiated."""
+
+    exists: Array | None = None  # bool, (1, C) or (N, C); None where all classes exist
+    index: Array | None = None  # int32, (N, 1), < 0 for none; None for no class indices
+    uncounted: Any = False  # bool, (N, 1)
+    softcap: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +95,7 @@ def chunk_numbers(plan: Plan, head: Head) -> Array:
     return jnp.arange(count, dtype=jnp.int32)
 
 
-def read_chunk(plan, head, exists, index, i):
+def read_chunk(plan, head, fixed, i):
     """The i-th chunk. The last one ends with the classes, so it may begin with some seen before."""
     num_classes = head.kernel.shape[plan.class_axis]
     start = jnp.minimum(i * plan.chunk, num_classes - plan.chunk)
@@ -91,15 +103,19 @@ def read_chunk(plan, head, exists, index, i):
         lambda table: (
             take_slice(table, start, plan.chunk, -1) if _has_classes(table, num_classes) else table
         ),
-        (head.bias, head.mass, exists),
+        (head.bias, head.mass, fixed.exists),
     )
     kernel = _read_kernel(plan, head.kernel, start)
-    if exists is not None:  # 0 * NaN is NaN: what an excluded class holds reaches no gradient
-        alive = jnp.expand_dims(jnp.any(exists, 0), 1 - plan.class_axis)
-        kernel = jnp.where(alive, kernel, 0)
+    if exists is not None:
+        # 0 * NaN is NaN: what a class holds that no counted token has reaches no gradient.
+        seen = exists & ~fixed.uncounted if exists.shape[0] != 1 else exists
+        needed = jnp.expand_dims(jnp.any(seen, 0), 1 - plan.class_axis)
+        finite = jnp.all(jnp.isfinite(kernel), 1 - plan.class_axis, keepdims=True)
+        kernel = jnp.where(needed | finite, kernel, 0)
     fresh = None
     if num_classes % plan.chunk:
         fresh = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
+    index = fixed.index
     if index is not None:
         index = jnp.where(index >= i * plan.chunk, index - start, -1)
     return Chunk(Head(head.hidden, kernel, bias, mass), exists, fresh, index, start)
@@ -225,10 +241,10 @@ def scatter_slice(total, part, start, axis):
     return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
 
 
-def chunk_gradients(plan, floats, exists, index, i, logits=None):
+def chunk_gradients(plan, floats, fixed, i, logits=None):
     """Where a chunk starts and what it adds to the gradients."""
-    head, shift, total, entropy, cotangents = floats
-    chunk = read_chunk(plan, head, exists, index, i)
+    head, shift, total, cotangents = floats
+    chunk = read_chunk(plan, head, fixed, i)
     if logits is None:
         logits = chunk_logits(plan, chunk.head)
     q, pull = None, None
@@ -236,14 +252,13 @@ def chunk_gradients(plan, floats, exists, index, i, logits=None):
         q, pull = jax.vjp(lambda mass: chunk.mass(chunk.head._replace(mass=mass)), chunk.head.mass)
     d_logits, d_q = row_gradients(
         -1,
-        plan.softcap,
+        fixed.softcap,
         logits,
         shift,
         chunk.shown,
         chunk.index,
         q,
         total,
-        entropy,
         cotangents,
     )
     d_hidden, d_kernel = _matmul_gradients(plan, chunk.head, d_logits)
@@ -258,12 +273,20 @@ def chunk_gradients(plan, floats, exists, index, i, logits=None):
 def choose_chunk(plan: Plan, head: Head) -> int:
     """Classes of a chunk, for a device that has these tokens and classes."""
     num_tokens, width = head.hidden.shape
+    if not isinstance(num_tokens, int):  # symbolic: any number of them
+        num_tokens = TILE
     logits = TILE // 4 // max(num_tokens, 1)
     size = max(CHUNK, min(logits, COLUMNS // 4 // max(width, 1)))
     if plan.width:  # up to 16 times the logits
         column = width // num_shards(plan.width) * plan.dtype.itemsize
         size = max(size, min(PIECE // max(column, 1), 16 * logits))
     return balance(head.kernel.shape[plan.class_axis], size, 128)
+
+
+def blank_hidden(gradients: Head, uncounted: Any) -> Head:
+    """0 for the hidden state of an uncounted token where a kernel of NaN reached its gradient."""
+    lost = uncounted & ~jnp.isfinite(gradients.hidden)
+    return gradients._replace(hidden=jnp.where(lost, 0, gradients.hidden))
 
 
 def balance(length: int, size: int, multiple: int = 1) -> int:

@@ -222,7 +222,6 @@ def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any)
     def like_hidden(name, x):
         if x is None:
             return x
-        x = jnp.asarray(x)
         whole = logits if x.ndim == len(logits) else logits[:-1]
         if x.ndim > len(whole) or (name == "class_mask" and len(whole) < len(logits)):
             return x

@@ -4,8 +4,7 @@ Each shard has sums over its own classes, relative to its own shift s_i. With M 
 shift and d_i = s_i - M, those of the whole row are
 
     total      = sum_i total_i * exp(d_i)
-    entropy    = log(total) + sum_i P_i * (entropy_i - log(total_i) - d_i),  P_i the shard's
-                 probability, total_i * exp(d_i) / total
+    moment     = sum_i (moment_i + total_i * d_i) * exp(d_i)
     picked     = picked_i + d_i of the shard that has the class
     target_sum = sum_i target_sum_i + d_i * mass_sum_i
 
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._axes import Names, first_class, psum
-from ._softmax import RowSums, log, times
+from ._numerics import times
+from ._softmax import RowSums
 
 
 def whole_rows(
@@ -41,7 +41,7 @@ def whole_rows(
     """
     if not names:
         return shift, sums
-    top, change = None, jnp.zeros(())
+    top, change = None, 0.0
     if shift is not None:
         top = jax.lax.pmax(jax.lax.stop_gradient(shift), names)
         change = shift - top
@@ -49,23 +49,16 @@ def whole_rows(
         change = jnp.where(uncounted & ~jnp.isfinite(change), lowest, change)
     parts = {}
     if sums.total is not None:
-        total = sums.total * jnp.exp(change)
-        parts["total"] = _mute(uncounted & ~(total < jnp.inf), total)
-        if sums.entropy is not None:
-            # Without derivative in any uncounted row: statistics have no sample weights.
-            distance = _mute(uncounted, sums.entropy - log(sums.total) - change)
-            parts["entropy"] = times(_mute(uncounted, total), distance)
+        parts["total"] = total = sums.total * jnp.exp(change)
+        if sums.moment is not None:
+            parts["moment"] = sums.moment * jnp.exp(change) + times(total, change)
     if index is not None:
         # An index that no shard has is left, for its NaN to reach the row's gradient.
         parts["picked"] = jnp.where((here < 0) & (index >= 0), 0, sums.picked + change)
     if sums.mass_sum is not None:
         parts["mass_sum"] = sums.mass_sum
         parts["target_sum"] = sums.target_sum + times(sums.mass_sum, change)
-    whole = psum(parts, names)
-    if sums.entropy is not None:
-        total = _mute(uncounted, whole["total"])
-        whole["entropy"] = log(total) + whole["entropy"] / total
-    return top, RowSums(**whole)
+    return top, RowSums(**psum(parts, names))
 
 
 def whole_best(shift: Array, top: Array, best: Array, num_classes: int, names: Names) -> Array:
@@ -75,8 +68,3 @@ def whole_best(shift: Array, top: Array, best: Array, num_classes: int, names: N
     best = best.astype(jnp.int32) + first_class(num_classes, names)
     largest = (shift == top) | jnp.isnan(shift)
     return jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
-
-
-def _mute(where, values):
-    """The same values, without derivative where it would be 0 * inf."""
-    return jnp.where(where, jax.lax.stop_gradient(values), values)

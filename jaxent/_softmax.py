@@ -1,16 +1,16 @@
-"""The primitive of a row of logits: its total, entropy, target logit and target sums.
+"""The primitive of a row of logits: its total, moment, target logit and target sums.
 
 With z the logits (soft-capped, if asked), s the row's shift, y its target class and q a
 target mass over classes:
 
     total      = sum_c exp(z_c - s)
-    entropy    = log(total) - sum_c p_c * (z_c - s),  p_c = exp(z_c - s) / total
+    moment     = sum_c exp(z_c - s) * (z_c - s)
     picked     = z_y - s
     mass_sum   = sum_c q_c
     target_sum = sum_c q_c * (z_c - s)
 
 Cross-entropy is `log(total) - picked` for a class index, and for a mass
-`mass_sum * log(total) - target_sum`. All are relative to the shift, the row's maximum, so
+`mass_sum * log(total) - target_sum`; the entropy is `log(total) - moment / total`. All are relative to the shift, the row's maximum, so
 nothing is lost where logits are large. The shift is a constant to differentiation:
 cross-entropy does not depend on it.
 
@@ -29,24 +29,10 @@ from jax import Array
 
 from ._axes import meshes, vary_alike, vary_like
 from ._classes import one_hot, pick
+from ._numerics import blank_uncounted, compute_dtype, nan_where, times, unless_zero
 
 
-def compute_dtype(*arrays: Any):
-    """float64 if one has dtype float64, else float32."""
-    return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
-
-
-def unless_zero(factor, value):
-    """`value`, but 0 where `factor` is 0 and `value` is not finite: 0 * inf is 0."""
-    return jnp.where((factor == 0) & ~jnp.isfinite(value), 0, value)
-
-
-def times(factor, value):
-    """`factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
-    return factor * unless_zero(factor, value)
-
-
-def row_max(axis: int, softcap: float | None, x: Array, exists: Array | None) -> Array:
+def row_max(axis: int, softcap: Any, x: Array, exists: Array | None) -> Array:
     """Each row's largest logit among the classes that exist, as a constant, (..., 1, ...).
 
     Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes.
@@ -81,33 +67,38 @@ def _centre(softcap, x, shift, exists):
 # may be one that the loss does not count; if it counts, its NaN shows in the other factors.
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def cap(softcap, x):
-    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+    return x if softcap is None else _cap(jnp.asarray(softcap, x.dtype), x)
 
 
-@cap.defjvp
-def _cap_jvp(softcap, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return cap(softcap, x), _slope(softcap, x) * dx
+@jax.custom_jvp
+def _cap(softcap, x):
+    return softcap * jnp.tanh(x / softcap)
+
+
+@_cap.defjvp
+def _cap_jvp(primals, tangents):
+    return _cap(*primals), _slope(*primals) * tangents[1]
 
 
 def _slope(softcap, x):
     if softcap is None:
         return 1
-    tanh = jnp.tanh(jnp.where(jnp.isnan(x), 0, x.astype(compute_dtype(x))) / softcap)
+    x = x.astype(compute_dtype(x))
+    tanh = jnp.tanh(jnp.where(jnp.isnan(x), 0, x) / softcap.astype(x.dtype))
     return (1 - tanh) * (1 + tanh)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _exponentials(softcap, x, shift, exists):
+@jax.custom_jvp
+def _exponentials(x, softcap, shift, exists):
     return jnp.exp(_centre(softcap, x, shift, exists))
 
 
 @_exponentials.defjvp
-def _exponentials_jvp(softcap, primals, tangents):
-    exps = _exponentials(softcap, *primals)
-    return exps, jnp.where(jnp.isfinite(exps), exps * _slope(softcap, primals[0]), 0) * tangents[0]
+def _exponentials_jvp(primals, tangents):
+    exps = _exponentials(*primals)
+    slope = _slope(primals[1], primals[0])
+    return exps, jnp.where(jnp.isfinite(exps), exps * slope, 0) * tangents[0]
 
 
 @jax.custom_jvp
@@ -141,7 +132,7 @@ def _product_tangent(q, centred, dq, d_centred):
 
 @jax.custom_jvp
 def _scaled(d_total, exps):
-    """`times(d_total, exps)` of a poisoned d_total, which is not 0 only where all exps are finite.
+    """`d_total * exps`, 0 where that is 0 * NaN, of a poisoned d_total, which is not 0 only where all exps are finite.
 
     Said so, it is short enough for XLA's CPU compiler to vectorize ten classes of bfloat16, in a
     quarter of the time (jax 0.10.2).
@@ -159,7 +150,7 @@ class RowSums(NamedTuple):
     """Sums of the rows, or their cotangents; None for those not asked for."""
 
     total: Any = None
-    entropy: Any = None
+    moment: Any = None
     picked: Any = None
     mass_sum: Any = None
     target_sum: Any = None
@@ -172,50 +163,68 @@ def hide(where: Array, shift: Any, sums: RowSums) -> tuple[Any, RowSums]:
     return None if shift is None else jnp.where(where, 0, shift), sums
 
 
+def blank(sums: RowSums, uncounted: Array | None) -> RowSums:
+    """The sums, those of a row of nothing where a row is not counted and its total not finite.
+
+    Here, and not later: the total is kept for the backward pass, where `jax_debug_nans` sees it.
+    """
+    if sums.total is None or uncounted is None:
+        return sums
+    return hide(uncounted & ~jnp.isfinite(sums.total), None, sums)[1]
+
+
 def row_sums(
     axis: int,
-    softcap: float | None,
+    softcap: Any,
     x: Array,
     shift: Array | None,
     exists: Array | None,
+    uncounted: Array | None,
     index: Array | None,
     mass: Callable[[Any], Array] | None,
-    entropy: bool = False,
-) -> RowSums:
-    """The sums of each row, (..., 1, ...), those that are asked for.
+    moment: bool = False,
+) -> tuple[Array | None, RowSums]:
+    """The shift and the sums of each row, (..., 1, ...), those that are asked for.
+
+    A row that is not counted and not finite comes back as a row of nothing.
 
     Args:
       axis: the class axis.
-      softcap: the cap, or None.
+      softcap: the cap, a number, or None.
       x: logits or log-probabilities, (..., C, ...), any float dtype.
       shift: what `row_max` returned; None says that x is log-probabilities already, and
         leaves the total out.
       exists: bool, (..., C, ...), broadcastable to x; None where all classes exist.
+      uncounted: bool, (..., 1, ...): rows that the loss does not count, which may hold anything;
+        None for none.
       index: int32, (..., 1, ...), < 0 for none; None leaves the picked logit out.
       mass: a `jax.tree_util.Partial` that takes `exists` and returns q, broadcastable to x;
         its arrays are differentiated through. None leaves both sums of it out.
-      entropy: whether to return it.
+      moment: whether to return it.
     """
-    shift, exists, index, mass, x = vary_alike(shift, exists, index, mass, x)
-    asked = (shift is not None, entropy, index is not None, mass is not None)
-    return _unpack(axis, asked, _row_sums(axis, softcap, entropy, x, shift, exists, index, mass))
+    arguments = vary_alike(x, softcap, shift, exists, uncounted, index, mass)
+    asked = (shift is not None, moment, index is not None, mass is not None)
+    sums = _unpack(axis, asked, _row_sums(axis, moment, *arguments))
+    if shift is not None and uncounted is not None:
+        shift = jnp.where(uncounted & ~jnp.isfinite(shift), 0, arguments[2])
+    return shift, sums
 
 
 # One array holds all sums: `vmap` gets the gradient of an unmapped argument wrong where some
 # outputs of a custom_vjp are mapped and others are not (seen in jax 0.9.0 to 0.12.0).
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _row_sums(axis, softcap, entropy, x, shift, exists, index, mass):
-    return _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _row_sums(axis, moment, x, softcap, shift, exists, uncounted, index, mass):
+    return _row_sums_fwd(axis, moment, x, softcap, shift, exists, uncounted, index, mass)[0]
 
 
-def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
-    def in_one_pass(x, shift, exists, index, mass):
-        terms = _terms(axis, softcap, entropy, x, shift, exists, index, mass)
+def _row_sums_fwd(axis, moment, x, softcap, shift, exists, uncounted, index, mass):
+    def in_one_pass(x, softcap, shift, exists, index, mass):
+        terms = _terms(axis, softcap, moment, x, shift, exists, index, mass)
         mass_sum = None if mass is None else _sum(axis, terms.mass_sum)
         return _sum_at_once(axis, terms._replace(mass_sum=None))._replace(mass_sum=mass_sum)
 
-    def one_by_one(x, shift, exists, index, mass):
-        terms = _terms(axis, softcap, entropy, x, shift, exists, None, mass)
+    def one_by_one(x, softcap, shift, exists, index, mass):
+        terms = _terms(axis, softcap, moment, x, shift, exists, None, mass)
         sums = jax.tree.map(functools.partial(_sum, axis), terms)
         if index is None:
             return sums
@@ -223,26 +232,25 @@ def _row_sums_fwd(axis, softcap, entropy, x, shift, exists, index, mass):
         target = pick((x, exists), index, axis, _shown)
         return sums._replace(picked=_centre(softcap, target, shift, known))
 
-    arguments = x, shift, exists, index, mass
-    several = mass is not None or (shift is not None and (entropy or index is not None))
+    arguments = x, softcap, shift, exists, index, mass
+    several = mass is not None or (shift is not None and (moment or index is not None))
     if several and _is_unrolled(axis, x, mass):
         sums = jax.lax.platform_dependent(*arguments, cpu=in_one_pass, default=one_by_one)
     else:
         sums = one_by_one(*arguments)
-    if entropy:
-        sums = sums._replace(entropy=log(sums.total) - sums.entropy / sums.total)
+    sums = blank(sums, uncounted)
     packed = jnp.concatenate(jax.tree.leaves(sums), axis)
-    return packed, (*arguments, sums.total, sums.entropy)
+    return packed, (x, softcap, shift, exists, index, mass, sums.total)
 
 
-def _terms(axis, softcap, entropy, x, shift, exists, index, mass):
-    """What is summed over the classes; in place of the entropy, exp(z - s) * (z - s)."""
+def _terms(axis, softcap, moment, x, shift, exists, index, mass):
+    """What is summed over the classes."""
     centred = _centre(softcap, x, shift, exists)
-    exps = None if shift is None else _exponentials(softcap, x, shift, exists)
+    exps = None if shift is None else _exponentials(x, softcap, shift, exists)
     q = None if mass is None else unless_lost(mass(exists), centred)
     return RowSums(
         total=exps,
-        entropy=product(exps, centred) if entropy else None,
+        moment=product(exps, centred) if moment else None,
         picked=None if index is None else jnp.where(one_hot(index, x, axis), centred, 0),
         mass_sum=q,
         target_sum=None if q is None else product(q, centred),
@@ -278,9 +286,12 @@ def _sum_at_once(axis, terms):
     leaves, structure = jax.tree.flatten(terms)
     axis %= leaves[0].ndim
     zeros = vary_like(leaves[0], tuple(jnp.zeros((), leaf.dtype) for leaf in leaves))
-    add = functools.partial(jax.tree.map, jnp.add)
-    sums = jax.lax.reduce(tuple(leaves), zeros, add, (axis,))
+    sums = jax.lax.reduce(tuple(leaves), zeros, _add, (axis,))
     return jax.tree.unflatten(structure, [jnp.expand_dims(x, axis) for x in sums])
+
+
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)
 
 
 @_sum_at_once.defjvp
@@ -289,10 +300,10 @@ def _sum_at_once_jvp(axis, primals, tangents):
     return _sum_at_once(axis, *primals), d_sums
 
 
-def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
-    x, shift, exists, index, mass, total, spread = residuals
+def _row_sums_bwd(axis, moment, residuals, cotangents):
+    x, softcap, shift, exists, index, mass, total = residuals
     x = _fresh(axis, softcap, x, mass)
-    asked = (shift is not None, entropy, index is not None, mass is not None)
+    asked = (shift is not None, moment, index is not None, mass is not None)
     d_sums = poison(total, _unpack(axis, asked, cotangents))
     # Concatenated and hidden: else XLA's CPU compiler makes them again for each class.
     packed = jax.lax.optimization_barrier(jnp.concatenate(jax.tree.leaves(d_sums), axis))
@@ -306,11 +317,10 @@ def _row_sums_bwd(axis, softcap, entropy, residuals, cotangents):
         index,
         q,
         total,
-        spread,
         _unpack(axis, asked, packed),
     )
     d_mass = None if pull is None else pull(d_q)[0]
-    return d_x.astype(x.dtype), None, None, None, d_mass
+    return d_x.astype(x.dtype), None, None, None, None, None, d_mass
 
 
 _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
@@ -339,26 +349,23 @@ def poison(total: Any, d_sums: RowSums) -> RowSums:
     if total is None:
         return d_sums
     lost = (d_sums.total != 0) & ~has_log(total)
-    return d_sums._replace(total=jnp.where(lost, jnp.nan, d_sums.total))
+    return d_sums._replace(total=d_sums.total + nan_where(lost, d_sums.total.dtype))
 
 
 def row_gradients(
-    axis, softcap, x, shift, exists, index, q, total, entropy, cotangents: RowSums
+    axis, softcap, x, shift, exists, index, q, total, cotangents: RowSums
 ) -> tuple[Array, Array | None]:
     """The gradients of a loss with respect to logits and target mass, given those of the sums."""
-    d_total, d_entropy, d_picked, d_mass_sum, d_target_sum = cotangents
+    d_total, d_moment, d_picked, d_mass_sum, d_target_sum = cotangents
     centred = _centre(softcap, x, shift, exists)
     # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
     d_centred: Any = jnp.zeros_like(centred) if total is None else 0
     d_q = None
     if total is not None:
-        exps = _exponentials(softcap, x, shift, exists)
+        exps = _exponentials(x, softcap, shift, exists)
         d_centred += _scaled(d_total, exps)
-        if entropy is not None:
-            uncounted = (d_entropy == 0) & ~has_log(total)
-            probs = jnp.where(uncounted, 0, exps) / jnp.where(uncounted, 1, total)
-            log_probs = jnp.where(uncounted, -jnp.inf, centred - log(total))
-            d_centred -= d_entropy * product(probs, log_probs + entropy)
+        if d_moment is not None:
+            d_centred += _scaled(d_moment, exps + product(exps, centred))
     if index is not None:
         # 0 * d_picked, so that the NaN of an index out of range reaches its whole row.
         d_centred += jnp.where(one_hot(index, x, axis), d_picked, 0 * d_picked)
@@ -366,13 +373,14 @@ def row_gradients(
         # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
         q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
         d_centred += times(d_target_sum, q)
-        (d_q,) = unspread(d_mass_sum + times(d_target_sum, unless_zero(q, centred)))
+        by_logit = blank_uncounted(d_target_sum, unless_zero(q, centred))
+        (d_q,) = unspread(d_mass_sum + d_target_sum * by_logit)
     d_x = d_centred * _slope(softcap, x)
     return d_x if exists is None else jnp.where(exists, d_x, 0), d_q
 
 
 def _unpack(axis, asked, sums):
-    """Slices of the sums; `asked` for total, entropy, picked logit, both sums of the mass."""
+    """Slices of the sums; `asked` for total, moment, picked logit, both sums of the mass."""
     parts = iter(jnp.split(sums, sums.shape[axis], axis))
     return RowSums(*(next(parts) if wanted else None for wanted in (*asked, asked[-1])))
 

@@ -16,9 +16,11 @@ from jax import Array
 
 from ._axes import vary_alike, vary_like
 from ._chunks import (
+    Fixed,
     Head,
     Plan,
     accumulate,
+    blank_hidden,
     chunk_gradients,
     chunk_logits,
     chunk_numbers,
@@ -29,63 +31,59 @@ from ._chunks import (
     zero_gradients,
 )
 from ._classes import pick
-from ._softmax import (
-    RowSums,
-    cap,
-    compute_dtype,
-    poison,
-    product,
-    times,
-    unless_lost,
-)
+from ._numerics import compute_dtype, times
+from ._softmax import RowSums, blank, cap, poison, product, unless_lost
 
 
-def head_sums(
-    plan: Plan, head: Head, exists: Array | None, index: Array | None
-) -> tuple[Array, RowSums, Array]:
+def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
     """Shift, sums and most probable class of each token, (N, 1); of `_softmax.row_sums`.
 
     Args:
-      plan: the static part; with `stats` there is an entropy and a most probable class.
+      plan: the static part; with `stats` there is a moment and a most probable class.
       head: hidden states, kernel, bias and target mass.
-      exists: bool, (1, C) or (N, C); None where all classes exist.
-      index: int32, (N, 1), < 0 for none; None leaves the picked logit out.
+      fixed: which classes exist, class indices, uncounted tokens and a cap.
     """
-    head, exists, index = vary_alike(head, exists, index)
-    shift, sums, best = _unpack(plan, head, index, _packed_sums(plan, head, exists, index))
+    head, fixed = vary_alike(head, fixed)
+    packed, best = _packed_sums(plan, head, fixed)
+    shift, sums = _unpack(plan, head, fixed, packed)
     return jax.lax.stop_gradient(shift), sums, best
 
 
-# One array, for `vmap`'s sake: see `_softmax`. A float32 holds the number of a class exactly.
+# One array of floats, for `vmap`'s sake: see `_softmax`. The class has its own, as no float has
+# the number of each: it is selected by the sums, so that `vmap` maps both or neither.
 def _pack(shift, sums, best):
-    best = None if best is None else best.astype(shift.dtype)
-    return jnp.concatenate(jax.tree.leaves((shift, sums, best)), -1)
+    packed = jnp.concatenate(jax.tree.leaves((shift, sums)), -1)
+    if best is not None:
+        best = jnp.where(jnp.any(packed > 0, -1, keepdims=True), best, best)
+    return packed, best
 
 
-def _unpack(plan, head, index, packed):
-    stats = 0 if plan.stats else None
+def _unpack(plan, head, fixed, packed):
     mass = None if head.mass is None else 0
-    asked = RowSums(0, stats, None if index is None else 0, mass, mass)
-    structure = jax.tree.structure((0, asked, stats))
+    moment = 0 if plan.stats else None
+    asked = RowSums(0, moment, None if fixed.index is None else 0, mass, mass)
+    structure = jax.tree.structure((0, asked))
     return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[-1], -1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_sums(plan, head, exists, index):
-    return _pack(*streamed_sums(plan, head, exists, index))
+def _packed_sums(plan, head, fixed):
+    return _packed_sums_fwd(plan, head, fixed)[0]
 
 
-def _packed_sums_fwd(plan, head, exists, index):
-    shift, sums, best = streamed_sums(plan, head, exists, index)
-    return _pack(shift, sums, best), (head, exists, index, shift, sums.total, sums.entropy)
+def _packed_sums_fwd(plan, head, fixed):
+    shift, sums, best = streamed_sums(plan, head, fixed)
+    sums = blank(sums, fixed.uncounted)
+    shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
+    return _pack(shift, sums, best), (head, fixed, shift, sums.total)
 
 
 def _packed_sums_bwd(plan, residuals, cotangent):
-    head, exists, index, *normalizer = residuals
-    _, cotangents, _ = _unpack(plan, head, index, cotangent)
-    cotangents = poison(normalizer[1], cotangents)
-    gradients = _gradients(plan, (head, *normalizer, cotangents), exists, index)
-    return _cast(gradients, head), None, None
+    head, fixed, shift, total = residuals
+    _, cotangents = _unpack(plan, head, fixed, cotangent[0])
+    cotangents = poison(total, cotangents)
+    gradients = _gradients(plan, (head, shift, total, cotangents), fixed)
+    return _cast(blank_hidden(gradients, fixed.uncounted), head), None
 
 
 _packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd)
@@ -100,19 +98,20 @@ def _cast(gradients, head):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def streamed_sums(plan, head, exists, index):
-    return on_platform(sums_pass, plan, head, exists, index)
+def streamed_sums(plan, head, fixed):
+    return on_platform(sums_pass, plan, head, fixed)
 
 
-def sums_pass(plan, head, exists, index, keep=False):
+def sums_pass(plan, head, fixed, keep=False):
+    index = fixed.index
     dtype = compute_dtype(plan)
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
 
     def step(carry, i):
         shift, total, moment, picked, mass_sum, target_sum, best = carry
-        chunk = read_chunk(plan, head, exists, index, i)
+        chunk = read_chunk(plan, head, fixed, i)
         logits = chunk_logits(plan, chunk.head)
-        z = cap(plan.softcap, logits)
+        z = cap(fixed.softcap, logits)
         if chunk.shown is not None:
             z = jnp.where(chunk.shown, z, -jnp.inf)
         top = jnp.max(z, -1, keepdims=True)
@@ -144,7 +143,7 @@ def sums_pass(plan, head, exists, index, keep=False):
     shift, total, moment, picked, mass_sum, target_sum, best = carry
     sums = RowSums(
         total=total,
-        entropy=jnp.log(total) - moment / total if plan.stats else None,
+        moment=moment if plan.stats else None,
         picked=None if index is None else picked - shift,
         mass_sum=None if head.mass is None else mass_sum,
         target_sum=None if head.mass is None else target_sum,
@@ -155,23 +154,22 @@ def sums_pass(plan, head, exists, index, keep=False):
 
 @streamed_sums.defjvp
 def _sums_jvp(plan, primals, tangents):
-    head, exists, index = primals
+    head, fixed = primals
     shift, sums, best = streamed_sums(plan, *primals)
     plan = _finer(plan)
-    log_sum = jnp.log(sums.total)
-    finite = jnp.isfinite(log_sum)
+    finite = (sums.total > 0) & (sums.total < jnp.inf)
 
     def local(head, i):
         """Sums over a chunk, with the derivatives of its share in those over all."""
-        chunk = read_chunk(plan, head, exists, index, i)
-        centred = cap(plan.softcap, chunk_logits(plan, chunk.head)) - shift
+        chunk = read_chunk(plan, head, fixed, i)
+        centred = cap(fixed.softcap, chunk_logits(plan, chunk.head)) - shift
         if chunk.shown is not None:
             centred = jnp.where(chunk.shown, centred, -jnp.inf)
-        parts = {"total": jnp.exp(jnp.where(finite, centred, -jnp.inf))}
+        exps = jnp.exp(jnp.where(finite, centred, -jnp.inf))
+        parts = {"total": exps}
         if plan.stats:
-            log_probs = jnp.where(finite, centred - log_sum, -jnp.inf)
-            parts["entropy"] = -product(jnp.exp(log_probs), log_probs)
-        if index is not None:
+            parts["moment"] = product(exps, centred)
+        if fixed.index is not None:
             here = (chunk.index >= 0) & (chunk.index < plan.chunk)
             parts["picked"] = jnp.where(here, pick((centred,), chunk.index, -1), 0)
         if head.mass is not None:
@@ -187,26 +185,22 @@ def _sums_jvp(plan, primals, tangents):
     steps = chunk_numbers(plan, head)
     zeros = vary_like(head.hidden, jax.tree.map(jnp.zeros_like, sums))
     d_sums, _ = jax.lax.scan(step, zeros, steps)
-    if plan.stats:
-        slope = jnp.where(jnp.isfinite(sums.entropy), 1 - sums.entropy, 0)
-        d_log_sum = d_sums.total / jnp.where(finite, sums.total, 1)
-        d_sums = d_sums._replace(entropy=d_sums.entropy + slope * d_log_sum)
     d_best = None if best is None else np.zeros(best.shape, jax.dtypes.float0)
     return (shift, sums, best), (jnp.zeros_like(shift), d_sums, d_best)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(plan, floats, exists, index):
-    """The gradients of a head, hidden's in float32; floats: head, shift, total, entropy and
-    the cotangents of the sums."""
-    return on_platform(_gradients_pass, plan, floats, exists, index)
+def _gradients(plan, floats, fixed):
+    """The gradients of a head, hidden's in float32; floats: head, shift, total and the
+    cotangents of the sums."""
+    return on_platform(_gradients_pass, plan, floats, fixed)
 
 
-def _gradients_pass(plan, floats, exists, index):
+def _gradients_pass(plan, floats, fixed):
     head = floats[0]
 
     def step(total, i):
-        start, part = chunk_gradients(plan, floats, exists, index, i)
+        start, part = chunk_gradients(plan, floats, fixed, i)
         return accumulate(plan, head, total, part, start), None
 
     zeros = zero_gradients(plan, head)
@@ -216,13 +210,13 @@ def _gradients_pass(plan, floats, exists, index):
 
 @_gradients.defjvp
 def _gradients_jvp(plan, primals, tangents):
-    floats, exists, index = primals
+    floats, fixed = primals
     head = floats[0]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total, i):
         def part(floats):
-            start, gradients = chunk_gradients(plan, floats, exists, index, i)
+            start, gradients = chunk_gradients(plan, floats, fixed, i)
             return gradients, start
 
         _, d_part, start = jax.jvp(part, (floats,), tangents[:1], has_aux=True)

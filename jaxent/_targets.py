@@ -6,26 +6,66 @@ nothing left to decide.
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.experimental import checkify
 from jax.tree_util import Partial
 
 from ._arguments import (
-    read_class_axis,
+    is_float,
     read_class_mask,
-    read_ignore_index,
     read_label_smoothing,
     read_sample_weight,
-    read_targets,
+    read_softcap,
     read_weight,
+    read_z_loss,
 )
 from ._axes import Names, local_index, num_shards, psum
 from ._classes import along, pick
-from ._softmax import compute_dtype, times, unless_zero
+from ._numerics import blank_uncounted, compute_dtype, nan_where, times
+
+
+class Given(NamedTuple):
+    """A loss's arrays beside its logits, checked and otherwise as they came; None for none."""
+
+    targets: Any
+    weight: Any = None
+    ignore_index: Any = None  # a number of the targets' dtype
+    label_smoothing: Any = None
+    sample_weight: Any = None
+    class_mask: Any = None
+    z_loss: Any = None
+    softcap: Any = None
+
+
+def read_given(
+    name: str,
+    shape: tuple[int, ...],
+    axis: int,
+    targets: Any,
+    ignored: Any,
+    *,
+    weight: Any = None,
+    label_smoothing: Any = 0.0,
+    sample_weight: Any = None,
+    class_mask: Any = None,
+    z_loss: Any = 0.0,
+    softcap: Any = None,
+) -> Given:
+    """Check the arguments of a loss of logits of this shape, called `name`; targets are read."""
+    per_example = shape[:axis] + shape[axis + 1 :]
+    return Given(
+        targets=targets,
+        weight=read_weight(weight, shape[axis], per_example),
+        ignore_index=ignored,
+        label_smoothing=read_label_smoothing(label_smoothing),
+        sample_weight=read_sample_weight(sample_weight, per_example),
+        class_mask=read_class_mask(class_mask, shape, axis, name),
+        z_loss=read_z_loss(z_loss),
+        softcap=read_softcap(softcap),
+    )
 
 
 @functools.partial(
@@ -60,37 +100,29 @@ class Rows:
     scale: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
 
+    @property
+    def uncounted(self) -> Array:
+        return self.sample_weight == 0
 
-def read_rows(
-    logits,
-    targets,
-    *,
-    name: str,
-    weight=None,
-    ignore_index=None,
-    label_smoothing=0.0,
-    axis=None,
-    sample_weight=None,
-    class_mask=None,
-    classes: Names = (),
+
+def make_rows(
+    axis: int, shape: tuple[int, ...], dtype: Any, given: Given, classes: Names = ()
 ) -> Rows:
-    """Check the arguments of a loss and read off what they say.
+    """Read off what the arguments of a loss say, of logits of this shape.
 
-    Of the logits, called `name`, only shape and dtype are asked. `classes` are the mapped axes
-    over which their classes are split.
+    `dtype` is that of what is computed, `classes` are the mapped axes over which their classes
+    are split.
     """
-    targets = read_targets(targets)
-    axis = read_class_axis(axis, logits, targets, name)
-    dtype = compute_dtype(logits)
-    ndim, num_classes = logits.ndim, logits.shape[axis]
+    ndim, num_classes = len(shape), shape[axis]
     all_classes = num_classes * num_shards(classes)
-    per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
-    exists = read_class_mask(class_mask, logits, axis, name)
-    weight = read_weight(weight, num_classes, dtype)
-    weight = None if weight is None else along(axis, ndim, weight)
-    ignore_index = read_ignore_index(ignore_index, targets)
-    smoothing = read_label_smoothing(label_smoothing, dtype)
-    sample_weight = jnp.expand_dims(read_sample_weight(sample_weight, per_example, dtype), axis)
+    exists = class_table(given.class_mask, shape, axis)
+    weight = None if given.weight is None else along(axis, ndim, given.weight.astype(dtype))
+    smoothing = given.label_smoothing
+    if smoothing is not None:
+        smoothing = smoothing.astype(dtype)
+        smoothing += nan_where(~((smoothing >= 0) & (smoothing <= 1)), dtype)
+    sample_weight = spread_sample_weight(given.sample_weight, shape[:axis] + shape[axis + 1 :])
+    sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
     share = jnp.full((1,) * ndim, 1 / all_classes, dtype)
     if exists is not None:
         # A row without classes is not counted; with all of them, it is at least finite.
@@ -98,7 +130,8 @@ def read_rows(
         sample_weight = jnp.where(count == 0, 0, sample_weight)
         share = 1 / jnp.where(count == 0, all_classes, count).astype(dtype)
 
-    if jnp.issubdtype(targets.dtype, jnp.floating):
+    targets = given.targets
+    if is_float(targets):
         return Rows(
             axis=axis,
             exists=exists,
@@ -112,19 +145,19 @@ def read_rows(
         )
 
     targets = jnp.expand_dims(targets, axis)
-    index, ignored = read_indices(targets, all_classes, ignore_index)
+    index, ignored = read_indices(targets, all_classes, given.ignore_index)
     here = local_index(index, num_classes, classes)
     # Out of range and of weight 0 is not counted either, and has no loss to derive.
     sample_weight = jnp.where(ignored | (index < 0) & (sample_weight == 0), 0, sample_weight)
     outside = (index < 0) & (sample_weight != 0)
-    _check_in_range(targets, outside, all_classes)
     picked_weight, denominator = jnp.ones_like(sample_weight), sample_weight
     if weight is not None:
         chosen = pick_weight(weight, here, axis, classes)
         # Out of range: the NaN reaches all classes' weights; `mean` counts the example as 1.
         picked_weight = jnp.where(index < 0, psum(jnp.sum(weight), classes), chosen)
-        picked_weight = unless_zero(sample_weight, picked_weight)
-        denominator = times(sample_weight, jnp.where(index < 0, 1, chosen))
+        picked_weight = blank_uncounted(sample_weight, picked_weight)
+        one_or_chosen = jnp.where(index < 0, 1, chosen)
+        denominator = sample_weight * blank_uncounted(sample_weight, one_or_chosen)
     if smoothing is not None:
         picked_weight = (1 - smoothing) * picked_weight
     return Rows(
@@ -136,18 +169,34 @@ def read_rows(
         mass=None if smoothing is None else Partial(_mass, None, None, smoothing, share, weight),
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
-        scale=sample_weight * jnp.where(outside, jnp.nan, 1).astype(dtype),
+        scale=sample_weight * (1 + nan_where(outside, dtype)),
         denominator=denominator,
     )
 
 
-def read_existing(exists, axis, classes: Names = ()):
+def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | None:
+    """Which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
+    if class_mask is None:
+        return None
+    table = tuple(size if i == axis else 1 for i, size in enumerate(shape))
+    if class_mask.shape in [(shape[axis],), table]:
+        return jnp.reshape(class_mask, table)
+    return jnp.broadcast_to(class_mask, shape)
+
+
+def spread_sample_weight(sample_weight: Any, per_example: tuple[int, ...]) -> Array:
+    if sample_weight is None:
+        return jnp.ones(per_example, bool)
+    return jnp.broadcast_to(sample_weight, per_example)
+
+
+def read_existing(exists: Array, axis: int, classes: Names = ()) -> tuple[Array, Array]:
     """Which classes exist, all of them in a row that has none; and how many they were."""
-    count = psum(jnp.sum(exists, axis, keepdims=True), classes)
+    count = psum(jnp.sum(exists, axis, keepdims=True, dtype=jnp.int32), classes)
     return exists | (count == 0), count
 
 
-def pick_weight(weight, here, axis, classes: Names):
+def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
     """The class weight of each row's target; any value for an index out of range."""
     chosen = pick((weight,), here, axis)
     return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
@@ -157,46 +206,22 @@ def _mass(targets, sample_weight, smoothing, share, weight, exists):
     """q = w * ((1 - eps) * targets + eps / C), C counting the classes that exist."""
     mass = jnp.zeros_like(share)
     if targets is not None:
-        mass = unless_zero(sample_weight, targets.astype(share.dtype))
+        mass = blank_uncounted(sample_weight, targets.astype(share.dtype))
     if smoothing is not None:
         uniform = share if exists is None else jnp.where(exists, share, 0)
         mass = (1 - smoothing) * mass + smoothing * uniform
-    return mass if weight is None else times(mass, weight)
+    # Whatever the weight of a class without mass is, NaN too.
+    return mass if weight is None else mass * blank_uncounted(mass, weight)
 
 
-def read_indices(targets: Array, num_classes: int | None, ignore_index):
+def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:
     """int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
-    limits = jnp.iinfo(targets.dtype)
-    ignored = jnp.zeros(targets.shape, bool)
-    if ignore_index is not None and limits.min <= ignore_index <= limits.max:
-        ignored = targets == np.asarray(ignore_index, targets.dtype)
+    if jnp.iinfo(targets.dtype).bits < 32:
+        targets = targets.astype(jnp.int32)
+    none = jnp.zeros(targets.shape, bool)
+    ignored = none if ignore_index is None else targets == ignore_index
     inside = targets >= 0
     if num_classes is not None:
         inside &= targets < num_classes
     index = jnp.where(inside, targets, 0).astype(jnp.int32)
     return jnp.where(inside, index, -1), ignored
-
-
-def _check_in_range(targets, outside, num_classes):
-    """Under checkify, an error that names an index; nothing otherwise."""
-    found, named = _worst(targets, outside)
-    checkify.debug_check(
-        ~found,
-        "target {index} is outside [0, " + f"{num_classes}), the classes of the logits",
-        index=named,
-    )
-
-
-@jax.custom_batching.custom_vmap
-def _worst(targets, outside):
-    """Whether any target is out of range, and the largest that is."""
-    limits = jnp.iinfo(targets.dtype)
-    named = jnp.max(jnp.where(outside, targets, limits.min), initial=limits.min)
-    return jnp.any(outside), named
-
-
-@_worst.def_vmap
-def _worst_of_batch(size, in_batched, targets, outside):
-    """Of the whole batch: what checkify does with a check for each sorts the batch, which an
-    explicit mesh that splits it refuses, and an empty one too."""
-    return _worst(targets, outside), (False, False)

@@ -15,53 +15,50 @@ from jax import Array
 
 from ._axes import vary_alike, vary_like
 from ._chunks import (
+    Fixed,
     Head,
     Plan,
     accumulate,
     add_slice,
     balance,
+    blank_hidden,
     chunk_gradients,
     chunk_numbers,
     on_platform,
     take_slice,
     zero_gradients,
 )
-from ._softmax import RowSums, compute_dtype, poison
+from ._numerics import compute_dtype
+from ._softmax import RowSums, blank, poison
 from ._streaming import head_sums, streamed_sums, sums_pass
-
-# Tokens. With chunks of 1024 classes, the fastest of 128, 256, 512 and 1024 for (2048, 2048,
-# 16384) and for (2048, 512, 32768) in bfloat16, on two CPU cores.
-BLOCK = 512
-
 
 def head_total(
     plan: Plan,
     terms: Callable[[Any, Array, RowSums], Array],
     head: Head,
     rows: Any,
-    exists: Array | None,
-    index: Array | None,
+    fixed: Fixed,
 ) -> Array:
     """The sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
 
     Args:
-      plan, head, exists, index: as in `head_sums`.
+      plan, head, fixed: as in `head_sums`.
       terms: a function of shift and sums that returns a term for each token, (N, 1). It is
         static.
       rows: float arrays for it, (N, 1) or scalars.
     """
-    head, rows, exists, index = vary_alike(head, rows, exists, index)
-    return _total(plan, terms, head, rows, exists, index)
+    return _total(plan, terms, *vary_alike(head, rows, fixed))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(plan, terms, head, rows, exists, index):
-    shift, sums, _ = streamed_sums(plan, head, exists, index)
-    return jnp.sum(terms(rows, shift, sums))
+def _total(plan, terms, head, rows, fixed):
+    shift, sums, _ = streamed_sums(plan, head, fixed)
+    return jnp.sum(terms(rows, shift, blank(sums, fixed.uncounted)))
 
 
-def _total_fwd(plan, terms, head, rows, exists, index):
-    total, gradients = _total_and_gradients(plan, terms, (head, rows), exists, index)
+def _total_fwd(plan, terms, head, rows, fixed):
+    total, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
+    gradients = blank_hidden(d_head, fixed.uncounted), d_rows
     like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))
     return total, (gradients, like)
 
@@ -69,25 +66,25 @@ def _total_fwd(plan, terms, head, rows, exists, index):
 def _total_bwd(plan, terms, residuals, cotangent):
     gradients, like = residuals
     gradients = jax.tree.map(lambda g, x: (cotangent * g).astype(x.dtype), gradients, like)
-    return *gradients, None, None
+    return *gradients, None
 
 
 _total.defvjp(_total_fwd, _total_bwd)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _total_and_gradients(plan, terms, floats, exists, index):
+def _total_and_gradients(plan, terms, floats, fixed):
     blocks = functools.partial(_blocks_pass, terms=terms)
-    return on_platform(blocks, plan, floats, exists, index)
+    return on_platform(blocks, plan, floats, fixed)
 
 
 @_total_and_gradients.defjvp
 def _total_and_gradients_jvp(plan, terms, primals, tangents):
-    floats, exists, index = primals
+    floats, fixed = primals
 
     def total(floats):
         head, rows = floats
-        shift, sums, _ = head_sums(plan, head, exists, index)
+        shift, sums, _ = head_sums(plan, head, fixed)
         return jnp.sum(terms(rows, shift, sums))
 
     def wide(floats):
@@ -103,9 +100,9 @@ def _widen(plan, gradients):
     return jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
 
 
-def _blocks_pass(plan, floats, exists, index, terms):
+def _blocks_pass(plan, floats, fixed, terms):
     num_tokens = floats[0].hidden.shape[0]
-    size = balance(num_tokens, BLOCK)
+    size = balance(num_tokens, plan.block)
     blocks = -(-num_tokens // max(size, 1))  # none of no tokens
 
     def of_token(x):
@@ -113,12 +110,13 @@ def _blocks_pass(plan, floats, exists, index, terms):
 
     def step(carry, i):
         start = jnp.minimum(i * size, num_tokens - size)
-        (head, rows), exists_here, index_here = jax.tree.map(
+        (head, rows), fixed_here = jax.tree.map(
             lambda x: take_slice(x, start, size, 0) if of_token(x) else x,
-            ((floats[0]._replace(kernel=None), floats[1]), exists, index),
+            ((floats[0]._replace(kernel=None), floats[1]), fixed),
         )
         head = head._replace(kernel=floats[0].kernel)
-        (shift, sums, _), kept = sums_pass(plan, head, exists_here, index_here, keep=True)
+        (shift, sums, _), kept = sums_pass(plan, head, fixed_here, keep=True)
+        sums = blank(sums, fixed_here.uncounted)
 
         def block_total(rows, sums):
             fresh = start + jnp.arange(size, dtype=jnp.int32)[:, None] >= i * size
@@ -130,8 +128,8 @@ def _blocks_pass(plan, floats, exists, index, terms):
 
         def chunk_step(gradients, x):
             j, logits = x
-            around = (head, shift, sums.total, sums.entropy, cotangents)
-            c, part = chunk_gradients(plan, around, exists_here, index_here, j, logits)
+            around = (head, shift, sums.total, cotangents)
+            c, part = chunk_gradients(plan, around, fixed_here, j, logits)
             return accumulate(plan, head, gradients, part, c, add_slice), None
 
         total, (d_head, all_d_rows) = carry

@@ -6,13 +6,13 @@ loss = jaxent.cross_entropy(logits, tokens, ignore_index=pad_id)     # padding d
 loss = jaxent.cross_entropy(logits, labels, weight=class_weights, label_smoothing=0.1)
 ```
 
-Each is a composition: the targets are read (`_targets`), the rows are summed
-(`_softmax`), the sums are reduced (`_reduction`). Nothing but the row sums has a
-hand-written gradient.
+Each checks its arguments and calls one compiled function, which is a composition: the targets
+are read (`_targets`), the rows are summed (`_softmax`), the sums are reduced (`_reduction`).
+Nothing but the row sums has a hand-written gradient.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,23 +23,44 @@ from ._arguments import (
     ArrayOrList,
     check_reduction,
     read_axis,
+    read_class_axis,
     read_class_mask,
-    read_ignore_index,
     read_index_targets,
     read_logits,
     read_sample_weight,
-    read_softcap,
+    read_targets,
     read_weight,
-    read_z_loss,
 )
-from ._axes import AxisName, local_index, num_shards, read_axis_names
+from ._axes import AxisName, Names, local_index, num_shards, read_axis_names
+from ._calls import compiled, public
 from ._classes import along
+from ._numerics import blank_uncounted, compute_dtype, times
 from ._reduction import reduce, total
 from ._shards import whole_rows
-from ._softmax import RowSums, compute_dtype, has_log, hide, log, row_max, row_sums, times
-from ._targets import Rows, pick_weight, read_existing, read_indices, read_rows
+from ._softmax import RowSums, has_log, hide, log, row_max, row_sums
+from ._targets import (
+    Given,
+    Rows,
+    class_table,
+    make_rows,
+    pick_weight,
+    read_existing,
+    read_given,
+    read_indices,
+    spread_sample_weight,
+)
 
 
+class Options(NamedTuple):
+    """What is static in a loss of logits."""
+
+    axis: int = -1  # of the classes
+    reduction: str = "none"
+    examples: Names = ()  # mapped axes over which they are split
+    classes: Names = ()
+
+
+@public
 def log_softmax(
     logits: ArrayOrList,
     axis: int = -1,
@@ -73,13 +94,22 @@ def log_softmax(
       Array([-2., -2., -2., -2.], dtype=float32)
     """
     logits = read_logits(logits, "logits")
-    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
     axis = read_axis(axis, logits.ndim, "logits")
-    exists = read_class_mask(class_mask, logits, axis, "logits")
+    class_mask = read_class_mask(class_mask, logits.shape, axis, "logits")
+    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
+    return _log_softmax(Options(axis=axis, classes=classes), logits, class_mask)
+
+
+@compiled
+def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> Array:
+    axis, _, _, classes = options
+    if not logits.size:
+        return logits
+    exists = class_table(class_mask, logits.shape, axis)
     x = logits.astype(compute_dtype(logits))
     finite = None if exists is None else read_existing(exists, axis, classes)[0]
     shift = row_max(axis, None, x, finite)
-    sums = row_sums(axis, None, x, shift, finite, None, None)
+    _, sums = row_sums(axis, None, x, shift, finite, None, None, None)
     shift, sums = whole_rows(shift, sums, None, None, False, classes)
     log_probs = x - shift - log(sums.total)
     if exists is not None:
@@ -87,6 +117,7 @@ def log_softmax(
     return log_probs.astype(logits.dtype)
 
 
+@public
 def nll(
     log_probs: ArrayOrList,
     targets: ArrayOrList,
@@ -127,24 +158,33 @@ def nll(
     """
     check_reduction(reduction)
     log_probs = read_logits(log_probs, "log_probs")
+    targets, ignored = read_targets(targets, ignore_index)
+    axis = read_class_axis(axis, log_probs, targets, "log_probs")
+    given = read_given(
+        "log_probs",
+        log_probs.shape,
+        axis,
+        targets,
+        ignored,
+        weight=weight,
+        sample_weight=sample_weight,
+    )
     examples, classes = read_axis_names(
         log_probs, axis_name=axis_name, class_axis_name=class_axis_name
     )
-    rows = read_rows(
-        log_probs,
-        targets,
-        name="log_probs",
-        weight=weight,
-        ignore_index=ignore_index,
-        axis=axis,
-        sample_weight=sample_weight,
-        classes=classes,
-    )
-    sums = row_sums(rows.axis, None, log_probs, None, None, rows.here, rows.mass)
-    _, sums = whole_rows(None, sums, rows.index, rows.here, rows.sample_weight == 0, classes)
+    return _nll(Options(axis, reduction, examples, classes), log_probs, given)
+
+
+@compiled
+def _nll(options: Options, log_probs: Array, given: Given) -> Array:
+    axis, reduction, examples, classes = options
+    rows = make_rows(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
+    _, sums = row_sums(axis, None, log_probs, None, None, None, rows.here, rows.mass)
+    _, sums = whole_rows(None, sums, rows.index, rows.here, rows.uncounted, classes)
     return reduced_loss(rows, None, None, sums, reduction, examples)
 
 
+@public
 def cross_entropy(
     logits: ArrayOrList,
     targets: ArrayOrList,
@@ -184,7 +224,7 @@ def cross_entropy(
       targets: class indices, any integer dtype, the shape of the logits without the class
         axis; or class probabilities, float, the shape of the logits, taken as given. An
         index outside [0, C) that is not `ignore_index` gives NaN, in its loss and in its
-        gradient; `jax.experimental.checkify` makes it an error.
+        gradient, which `jax_debug_nans` finds; `jaxent.check_targets` names it.
       weight: class weights, (C,).
       ignore_index: targets equal to it do not count; None switches it off.
       reduction: "mean", "sum" or "none".
@@ -193,7 +233,8 @@ def cross_entropy(
         e * C / (C - 1).
       axis: the class axis. None reads it off the shapes (1 or -1) and raises where both fit.
         Under `vmap` the mapped axis is not seen: pass `axis` there.
-      sample_weight: bool or float, broadcastable to the per-example shape.
+      sample_weight: bool or float: a scalar, or of the per-example shape, where a size may
+        be 1.
       class_mask: bool; classes that are False do not exist (padded vocabularies, illegal
         actions). (C,) lies along the class axis; otherwise it has the dimensions of the
         logits and broadcasts. Target mass on such a class makes the loss +inf.
@@ -227,29 +268,55 @@ def cross_entropy(
       2024 (soft-capping).
     """
     check_reduction(reduction)
-    softcap = read_softcap(softcap)
     logits = read_logits(logits, "logits")
+    targets, ignored = read_targets(targets, ignore_index)
+    axis = read_class_axis(axis, logits, targets, "logits")
+    given = read_given(
+        "logits",
+        logits.shape,
+        axis,
+        targets,
+        ignored,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
     examples, classes = read_axis_names(
         logits, axis_name=axis_name, class_axis_name=class_axis_name
     )
-    rows = read_rows(
+    return _cross_entropy(Options(axis, reduction, examples, classes), logits, given)
+
+
+@compiled
+def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
+    axis, reduction, examples, classes = options
+    rows, _, shift, sums = rows_of_logits(axis, logits, given, classes)
+    return reduced_loss(rows, given.z_loss, shift, sums, reduction, examples)
+
+
+def rows_of_logits(
+    axis: int, logits: Array, given: Given, classes: Names, moment: bool = False
+) -> tuple[Rows, Any, Any, RowSums]:
+    """What the targets are; of each row of logits the shift of the classes that are here, and
+    shift and sums of all of them."""
+    rows = make_rows(axis, logits.shape, compute_dtype(logits), given, classes)
+    shift = row_max(axis, given.softcap, logits, rows.exists)
+    shift, sums = row_sums(
+        axis,
+        given.softcap,
         logits,
-        targets,
-        name="logits",
-        weight=weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        axis=axis,
-        sample_weight=sample_weight,
-        class_mask=class_mask,
-        classes=classes,
+        shift,
+        rows.exists,
+        rows.uncounted,
+        rows.here,
+        rows.mass,
+        moment,
     )
-    shift = row_max(rows.axis, softcap, logits, rows.exists)
-    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.here, rows.mass)
-    uncounted = rows.sample_weight == 0
-    shift, sums = whole_rows(shift, sums, rows.index, rows.here, uncounted, classes)
-    coefficient = read_z_loss(z_loss, shift.dtype)
-    return reduced_loss(rows, coefficient, shift, sums, reduction, examples)
+    top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.uncounted, classes)
+    return rows, shift, top, sums
 
 
 def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):
@@ -276,18 +343,24 @@ def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowS
         return loss, 0 if z_loss is None else (shift + log_sum) ** 2
 
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
-    # would be 0 * inf. A 1 in the logarithm's place is NaN where that is not finite.
-    one = 0 if sums.total is None else jnp.where(has_log(sums.total), 1, jnp.nan)
-    finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient((shift, one, sums)))))
-    shift, sums = hide((rows.sample_weight == 0) & ~finite, shift, sums)
-    log_sum = 0 if sums.total is None else log(sums.total)
+    # would be 0 * inf.
+    log_sum = 0
+    if sums.total is not None:
+        shift, sums = hide(rows.uncounted & ~has_log(sums.total), shift, sums)
+        log_sum = log(sums.total)
+    finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient((shift, log_sum, sums)))))
+    lost = rows.uncounted & ~finite
+    shift, sums = hide(lost, shift, sums)
+    log_sum = jnp.where(lost, 0, log_sum)
     loss, squared_normalizer = per_example(shift, log_sum, sums)
     terms = [(rows.scale * loss, rows.denominator)]
     if z_loss is not None:
+        z_loss = z_loss.astype(shift.dtype)
         terms.append((times(z_loss, rows.scale * squared_normalizer), rows.sample_weight))
     return terms
 
 
+@public
 def total_weight(
     targets: ArrayOrList,
     *,
@@ -324,18 +397,35 @@ def total_weight(
       >>> jaxent.total_weight(jnp.array([0, 2, -100]), weight=[1.0, 1.0, 0.5])
       Array(1.5, dtype=float32)
     """
-    targets = read_index_targets(targets)
+    targets, ignored = read_index_targets(
+        targets,
+        ignore_index,
+        "total_weight counts class indices; for class probabilities the mean divides by the sum "
+        "of sample weights",
+    )
+    given = Given(
+        targets=targets,
+        weight=read_weight(weight, None),
+        ignore_index=ignored,
+        sample_weight=read_sample_weight(sample_weight, targets.shape),
+    )
     examples, classes = read_axis_names(
         targets, axis_name=axis_name, class_axis_name=class_axis_name
     )
-    dtype = compute_dtype(*(jnp.asarray(w) for w in (weight, sample_weight) if w is not None))
-    weights = read_weight(weight, None, dtype)
-    all_classes = None if weights is None else weights.size * num_shards(classes)
-    index, ignored = read_indices(targets, all_classes, read_ignore_index(ignore_index))
-    scale = read_sample_weight(sample_weight, targets.shape, dtype)
-    if weights is not None:
+    return _total_weight(Options(examples=examples, classes=classes), given)
+
+
+@compiled
+def _total_weight(options: Options, given: Given) -> Array:
+    classes, targets, weight = options.classes, given.targets, given.weight
+    dtype = compute_dtype(*(w for w in (weight, given.sample_weight) if w is not None))
+    num_classes = None if weight is None else weight.size * num_shards(classes)
+    index, ignored = read_indices(targets, num_classes, given.ignore_index)
+    scale = spread_sample_weight(given.sample_weight, targets.shape).astype(dtype)
+    if weight is not None:
         index = index[..., None]
-        here = local_index(index, weights.size, classes)
-        chosen = pick_weight(along(-1, index.ndim, weights), here, -1, classes)
-        scale = times(scale, jnp.where(index < 0, 1, chosen)[..., 0])
-    return total(jnp.where(ignored, 0, scale), examples)
+        here = local_index(index, weight.size, classes)
+        table = along(-1, index.ndim, weight.astype(dtype))
+        chosen = jnp.where(index < 0, 1, pick_weight(table, here, -1, classes))[..., 0]
+        scale *= blank_uncounted(scale, chosen)
+    return total(jnp.where(ignored, 0, scale), options.examples)

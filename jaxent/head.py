@@ -15,7 +15,9 @@ from flax import nnx
 from jax import Array
 
 from ._arguments import ArrayOrList, read_class_mask
-from ._softmax import cap, compute_dtype
+from ._numerics import compute_dtype
+from ._softmax import cap
+from ._targets import class_table
 from .losses import LinearCrossEntropyLoss
 
 
@@ -66,7 +68,9 @@ class LinearHead(nnx.Linear):
         logits = super().__call__(hidden, out_sharding)
         if self.criterion.softcap is not None:
             logits = cap(self.criterion.softcap, logits.astype(compute_dtype(logits)))
-        exists = read_class_mask(self.criterion.class_mask, logits, logits.ndim - 1, "logits")
+        shape, axis = logits.shape, logits.ndim - 1
+        mask = read_class_mask(self.criterion.class_mask, shape, axis, "logits")
+        exists = class_table(mask, shape, axis)
         return logits if exists is None else jnp.where(exists, logits, -jnp.inf)
 
     def loss(self, hidden: Array, targets: ArrayOrList, **keywords: Any) -> Array:

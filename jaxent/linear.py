@@ -20,22 +20,33 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    check_head_targets,
     check_reduction,
+    read_array,
     read_bias,
     read_chunk_size,
-    read_head_targets,
     read_hidden_and_kernel,
-    read_softcap,
-    read_z_loss,
+    read_precision,
+    read_targets,
 )
-from ._axes import AxisName, flat_names, in_shard_map, local_index, psum
-from ._chunks import Head, Plan, choose_chunk
+from ._axes import (
+    AxisName,
+    Names,
+    flat_names,
+    in_shard_map,
+    local_index,
+    num_shards,
+    psum,
+    read_axis_names,
+)
+from ._calls import compiled, public
+from ._chunks import Fixed, Head, Plan, choose_chunk
 from ._classes import along
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
+from ._numerics import compute_dtype
 from ._shards import whole_best, whole_rows
-from ._softmax import compute_dtype
 from ._streaming import head_sums
-from ._targets import Rows, read_rows
+from ._targets import Given, Rows, make_rows, read_given
 from ._total import head_total
 from .functional import loss_terms, reduced_loss
 
@@ -45,8 +56,12 @@ PrecisionLike = Any  # as jax.lax.dot_general takes it
 # least, by the dtype's bits. The docstring of linear_cross_entropy has the measurement.
 ACCUMULATOR = 2**28
 WIDTH = {16: 512, 32: 1024, 64: 1024}
+# Tokens that are gone over together then. With chunks of 1024 classes, the fastest of 128, 256, 512
+# and 1024 for (2048, 2048, 16384) and for (2048, 512, 32768) in bfloat16, on two CPU cores.
+BLOCK = 512
 
 
+@public
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
@@ -142,7 +157,7 @@ def linear_cross_entropy(
       "Liger Kernel", 2024 (gradients in the forward pass).
     """
     check_reduction(reduction)
-    plan, head, rows, layout = read_head(
+    plan, layout, hidden, kernel, bias, given = read_head(
         hidden,
         kernel,
         targets,
@@ -151,7 +166,6 @@ def linear_cross_entropy(
         dtype=dtype,
         precision=precision,
         chunk_size=chunk_size,
-        softcap=softcap,
         axis_name=axis_name,
         class_axis_name=class_axis_name,
         width_axis_name=width_axis_name,
@@ -160,33 +174,76 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         sample_weight=sample_weight,
         class_mask=class_mask,
+        z_loss=z_loss,
+        softcap=softcap,
     )
-    coefficient = read_z_loss(z_loss, compute_dtype(plan))
-    if reduction != "none" and _made_forward(plan, head, layout):
-        return _total(plan, head, rows, coefficient, reduction, layout)
-    shift, sums, _ = rows_of_head(plan, head, rows, layout)
-    return reduced_loss(rows, coefficient, shift, sums, reduction, layout.examples)
+    if reduction != "none" and _made_forward(plan, hidden, kernel, layout):
+        plan = dataclasses.replace(plan, made_forward=True, block=BLOCK)
+    return _linear_cross_entropy((plan, layout, reduction), hidden, kernel, bias, given)
 
 
-def _made_forward(plan: Plan, head: Head, layout: Layout) -> bool:
-    """Whether gradients are made forward: a loop over tokens, which must be this device's own."""
+def _made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
+    """Whether gradients are made forward: a loop over tokens, which must be this device's own.
+
+    A symbolic number of them (`jax.export`) is not cut into blocks.
+    """
     bits = jnp.finfo(plan.dtype).bits
-    small = 4 * head.kernel.size <= ACCUMULATOR and head.hidden.shape[-1] >= WIDTH[bits]
-    return small and layout.alone and not layout.classes and not layout.width
+    small = 4 * kernel.size <= ACCUMULATOR and hidden.shape[-1] >= WIDTH[bits]
+    counts = all(isinstance(size, int) for size in hidden.shape)
+    return counts and small and layout.alone and not layout.classes and not layout.width
 
 
-def _total(plan, head, rows, z_loss, reduction, layout):
+@compiled
+def _linear_cross_entropy(
+    static: tuple[Plan, Layout, str], hidden: Array, kernel: Array, bias: Any, given: Given
+) -> Array:
+    plan, layout, reduction = static
+    if plan.made_forward:
+        head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
+        return _total(plan, head, rows, given, reduction, layout)
+    rows, shift, sums, _ = rows_of_head(plan, layout, hidden, kernel, bias, given)
+    return reduced_loss(rows, given.z_loss, shift, sums, reduction, layout.examples)
+
+
+def rows_of_head(
+    plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
+) -> tuple[Rows, Array, Any, Any]:
+    """What the targets are, and shift, sums and most probable class of each token, (..., 1)."""
+    head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
+    rest = head[2:], _fixed(rows, given.softcap)
+
+    def local(hidden, kernel, rest):
+        others, fixed = jax.tree.map(_in_a_row, rest)
+        head, fitted = _local(plan, hidden, kernel, others)
+        num_classes, names = kernel.shape[plan.class_axis], layout.classes
+        index, here = fixed.index, None
+        if index is not None:
+            here = local_index(index, num_classes, names)
+        shift, sums, best = head_sums(fitted, head, fixed._replace(index=here))
+        top, sums = whole_rows(shift, sums, index, here, fixed.uncounted, names)
+        if best is not None:
+            best = whole_best(shift, top, best, num_classes, names)
+        return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
+
+    return rows, *on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
+
+
+def _fixed(rows: Rows, softcap: Any) -> Fixed:
+    return Fixed(rows.exists, rows.index, rows.uncounted, softcap)
+
+
+def _total(plan, head, rows, given, reduction, layout):
     divisors = []
     if reduction == "mean":
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
         divisors = [jnp.where(total == 0, 1, total) for total in totals]
     floats = dataclasses.replace(rows, exists=None, index=None, here=None, mass=None)
-    rest = head[2:], (floats, z_loss, divisors), rows.exists, rows.index
+    rest = head[2:], (floats, given.z_loss, divisors), _fixed(rows, given.softcap)
 
     def local(hidden, kernel, rest):
-        others, floats, exists, index = jax.tree.map(_in_a_row, rest)
+        others, floats, fixed = jax.tree.map(_in_a_row, rest)
         head, fitted = _local(plan, hidden, kernel, others)
-        total = head_total(fitted, _divided_terms, head, floats, exists, index)
+        total = head_total(fitted, _divided_terms, head, floats, fixed)
         return psum(total, flat_names(layout.tokens))
 
     total = on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest, scalar=True)
@@ -212,24 +269,6 @@ def _in_a_row(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1]) if x.ndim else x
 
 
-def rows_of_head(plan: Plan, head: Head, rows: Rows, layout: Layout):
-    """Shift, sums and most probable class of each token, (..., 1)."""
-    rest = head[2:], rows.exists, rows.index, rows.sample_weight == 0
-
-    def local(hidden, kernel, rest):
-        others, exists, index, uncounted = jax.tree.map(_in_a_row, rest)
-        head, fitted = _local(plan, hidden, kernel, others)
-        num_classes, names = kernel.shape[plan.class_axis], layout.classes
-        here = None if index is None else local_index(index, num_classes, names)
-        shift, sums, best = head_sums(fitted, head, exists, here)
-        top, sums = whole_rows(shift, sums, index, here, uncounted, names)
-        if best is not None:
-            best = whole_best(shift, top, best, num_classes, names)
-        return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
-
-    return on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
-
-
 def read_head(
     hidden,
     kernel,
@@ -240,50 +279,61 @@ def read_head(
     dtype,
     precision,
     chunk_size,
-    softcap,
     axis_name,
     class_axis_name,
     width_axis_name,
+    ignore_index,
     stats=False,
     **keywords,
-) -> tuple[Plan, Head, Rows, Layout]:
-    """Check the arguments of a head, and read off what they say."""
+) -> tuple[Plan, Layout, Any, Any, Any, Given]:
+    """Check the arguments of a head: what is static, and its arrays."""
+    hidden, kernel = read_array("hidden", hidden), read_array("kernel", kernel)
+    (width,) = read_axis_names(hidden, kernel, width_axis_name=width_axis_name)
     hidden, kernel, class_axis, dtype = read_hidden_and_kernel(
-        hidden, kernel, class_axis, dtype, width_axis_name
+        hidden, kernel, class_axis, dtype, num_shards(width)
     )
     num_classes = kernel.shape[class_axis]
+    targets, ignored = read_targets(targets, ignore_index)
+    check_head_targets(targets, hidden, num_classes)
+    shape = (*hidden.shape[:-1], num_classes)
+    given = read_given("logits", shape, len(shape) - 1, targets, ignored, **keywords)
+    bias = read_bias(bias, num_classes)
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
+    gathered: Names = ()
     if layout.mesh is None and not in_shard_map(layout.width):
         # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
-        kernel = jax.lax.all_gather(kernel, layout.width, axis=1 - class_axis, tiled=True)
-        layout = layout._replace(width=())
-    targets = read_head_targets(targets, hidden, num_classes)
-    if layout.mesh is not None:
-        names = "sample_weight", "class_mask"
-        targets, *others = lay_out_like(
-            hidden, layout, num_classes, targets=targets, **{n: keywords.get(n) for n in names}
-        )
-        keywords |= dict(zip(names, others))
-    rows = read_rows(
-        jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), dtype),
-        targets,
-        name="logits",
-        axis=-1,
-        classes=layout.classes if layout.mesh is None else (),
-        **keywords,
-    )
-    finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
-    hidden = jnp.where((rows.sample_weight == 0) & ~finite, 0, hidden)
+        layout, gathered = layout._replace(width=()), layout.width
     plan = Plan(
         class_axis=class_axis,
         chunk=read_chunk_size(chunk_size),
         dtype=dtype,
-        precision=precision,
-        softcap=read_softcap(softcap),
+        precision=read_precision(precision, dtype),
         stats=stats,
         width=layout.width,
+        gathered=gathered,
     )
-    bias = read_bias(bias, num_classes, compute_dtype(plan))
+    return plan, layout, hidden, kernel, bias, given
+
+
+def _make_head(
+    plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
+) -> tuple[Head, Rows]:
+    """Read off what the arguments of a head say."""
+    num_classes = kernel.shape[plan.class_axis]
+    if plan.gathered:
+        kernel = jax.lax.all_gather(kernel, plan.gathered, axis=1 - plan.class_axis, tiled=True)
+    if layout.mesh is not None:
+        names = "targets", "sample_weight", "class_mask"
+        moved = lay_out_like(
+            hidden, layout, num_classes, **{name: getattr(given, name) for name in names}
+        )
+        given = given._replace(**dict(zip(names, moved)))
+    wide = compute_dtype(plan)
+    shape = (*hidden.shape[:-1], num_classes)
+    classes = layout.classes if layout.mesh is None else ()
+    rows = make_rows(len(shape) - 1, shape, wide, given, classes)
+    finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
+    hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
     if bias is not None:
-        bias = along(-1, hidden.ndim, bias)
-    return plan, Head(hidden, kernel, bias, rows.mass), rows, layout
+        bias = along(-1, hidden.ndim, bias.astype(wide))
+    return Head(hidden, kernel, bias, rows.mass), rows

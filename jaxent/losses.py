@@ -10,11 +10,16 @@ class Classifier(nnx.Module):
 They are `nnx.Pytree`s, so they live wherever Flax users put things: an attribute of an
 `nnx.Module`, a field of a linen module, an argument of a jitted function, a leaf-bearing
 part of a checkpoint. Arrays (`weight`, `class_mask`, a traced `label_smoothing` or
-`z_loss`) are data: changing their values does not retrace. Numbers and strings are static.
+`z_loss`) are data: changing their values does not retrace. They are constants, too: no gradient
+reaches them, so no optimizer trains them; to differentiate a weight, give it to the call. Numbers
+and strings are static.
+
+Setting an attribute checks it as construction does: `loss.weight = new_weight`.
 """
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +31,14 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import (
     ArrayOrList,
     check_axis,
-    check_class_mask,
     check_reduction,
+    read_bool_mask,
     read_chunk_size,
     read_dtype,
     read_ignore_index,
     read_kernel_axis,
     read_label_smoothing,
+    read_precision,
     read_softcap,
     read_weight,
     read_z_loss,
@@ -42,48 +48,111 @@ from .functional import cross_entropy, nll
 from .linear import linear_cross_entropy
 
 
+def _array(value: Any) -> Any:
+    if value is None:
+        return None
+    value = jnp.asarray(value)
+    return value.astype(jnp.float32) if jnp.issubdtype(value.dtype, jnp.integer) else value
+
+
+def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A reader of a value that is kept as it came."""
+
+    def read(value: Any) -> Any:
+        check(value)
+        return value
+
+    return read
+
+
+def _number(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A reader of a number, which is static, or an array, which is not."""
+
+    def read(value: Any) -> Any:
+        check(value)
+        if isinstance(value, np.generic):
+            value = value.item()
+        return value if isinstance(value, (int, float)) else _array(value)
+
+    return read
+
+
+def _axis_name(argument: str) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        check_axis_name(argument, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return read
+
+
+READERS: dict[str, Callable[[Any], Any]] = {
+    "class_axis": read_kernel_axis,
+    "dtype": read_dtype,
+    "precision": read_precision,
+    "chunk_size": read_chunk_size,
+    "weight": lambda value: _array(read_weight(value, None)),
+    "ignore_index": read_ignore_index,
+    "reduction": _checked(check_reduction),
+    "label_smoothing": _number(read_label_smoothing),
+    "axis": _checked(check_axis),
+    "class_mask": lambda value: None if value is None else _array(read_bool_mask(value)),
+    "z_loss": _number(read_z_loss),
+    "softcap": read_softcap,
+    "axis_name": _axis_name("axis_name"),
+    "class_axis_name": _axis_name("class_axis_name"),
+    "width_axis_name": _axis_name("width_axis_name"),
+}
+
+
 class _Loss(nnx.Pytree):
     """A function's keywords, given early; those given late take their place."""
+
+    _names: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # nnx's metaclass hides it from help() and editors.
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        cls._names = tuple(parameter.name for parameter in parameters)
 
-    def _set_shared(self, weight, ignore_index, reduction) -> None:
-        check_reduction(reduction)
-        read_weight(weight, None)
-        self.weight = _array(weight)
-        self.ignore_index = read_ignore_index(ignore_index)
-        self.reduction = reduction
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._names:
+            value = READERS[name](value)
+            value = nnx.data(value) if _is_array(value) else nnx.static(value)
+        elif not name.startswith("_"):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}; it has {', '.join(self._names)}"
+            )
+        super().__setattr__(name, value)
 
-    def _set_axis(self, axis) -> None:
-        if axis is not None:
-            check_axis(axis)
-        self.axis = axis
+    def _keywords(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The function's keywords: those given to the call, and the object's, as constants."""
+        keywords = {name: getattr(self, name) for name in self._names} | given
+        for name, value in keywords.items():
+            if name not in given and _is_array(value) and value.dtype != bool:
+                keywords[name] = jax.lax.stop_gradient(value)
+        return keywords
 
-    def _set_names(self, **names) -> None:
-        for argument, axis_name in names.items():
-            check_axis_name(argument, axis_name)
-            setattr(self, argument, tuple(axis_name) if isinstance(axis_name, list) else axis_name)
+    def _configuration(self) -> tuple[Any, ...] | None:
+        """What it is, if it holds no arrays."""
+        values = tuple(getattr(self, name) for name in self._names)
+        return None if any(map(_is_array, values)) else (type(self), *values)
 
-    def _set_softmax(self, label_smoothing, class_mask, z_loss, softcap) -> None:
-        read_label_smoothing(label_smoothing)
-        read_z_loss(z_loss)
-        if class_mask is not None:
-            check_class_mask(class_mask)
-        self.label_smoothing = _number_or_array(label_smoothing)
-        self.class_mask = _array(class_mask)
-        self.z_loss = _number_or_array(z_loss)
-        self.softcap = read_softcap(softcap)
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        mine = self._configuration()
+        return isinstance(other, _Loss) and mine is not None and mine == other._configuration()
 
-    def _keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+    def __hash__(self) -> int:
+        mine = self._configuration()
+        return id(self) if mine is None else hash(mine)
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters
-        given = {k: v for k, v in self._keywords().items() if _differs(v, parameters[k].default)}
+        given = {name: getattr(self, name) for name in self._names}
+        given = {k: v for k, v in given.items() if _differs(v, parameters[k].default)}
         described = (f"{k}={_describe(v)}" for k, v in given.items())
         return f"{type(self).__name__}({', '.join(described)})"
 
@@ -119,14 +188,17 @@ class NLLLoss(_Loss):
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
     ):
-        self._set_shared(weight, ignore_index, reduction)
-        self._set_axis(axis)
-        self._set_names(axis_name=axis_name, class_axis_name=class_axis_name)
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.axis = axis
+        self.axis_name = axis_name
+        self.class_axis_name = class_axis_name
 
     def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
         before the object's."""
-        return nll(log_probs, targets, **(self._keywords() | keywords))
+        return nll(log_probs, targets, **self._keywords(keywords))
 
 
 class CrossEntropyLoss(_Loss):
@@ -164,15 +236,21 @@ class CrossEntropyLoss(_Loss):
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
     ):
-        self._set_shared(weight, ignore_index, reduction)
-        self._set_axis(axis)
-        self._set_names(axis_name=axis_name, class_axis_name=class_axis_name)
-        self._set_softmax(label_smoothing, class_mask, z_loss, softcap)
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.axis = axis
+        self.class_mask = class_mask
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.axis_name = axis_name
+        self.class_axis_name = class_axis_name
 
     def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
         """The loss; any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
         `reduction="none"`) goes before the object's."""
-        return cross_entropy(logits, targets, **(self._keywords() | keywords))
+        return cross_entropy(logits, targets, **self._keywords(keywords))
 
 
 class LinearCrossEntropyLoss(_Loss):
@@ -215,44 +293,38 @@ class LinearCrossEntropyLoss(_Loss):
         class_axis_name: AxisName = None,
         width_axis_name: AxisName = None,
     ):
-        self.class_axis = read_kernel_axis(class_axis)
-        self.dtype = read_dtype(dtype)
+        self.class_axis = class_axis
+        self.dtype = dtype
         self.precision = precision
-        self.chunk_size = read_chunk_size(chunk_size)
-        self._set_shared(weight, ignore_index, reduction)
-        self._set_softmax(label_smoothing, class_mask, z_loss, softcap)
-        self._set_names(
-            axis_name=axis_name, class_axis_name=class_axis_name, width_axis_name=width_axis_name
-        )
+        self.chunk_size = chunk_size
+        self.weight = weight
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.class_mask = class_mask
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.axis_name = axis_name
+        self.class_axis_name = class_axis_name
+        self.width_axis_name = width_axis_name
 
     def __call__(
         self, hidden: ArrayOrList, kernel: ArrayOrList, targets: ArrayOrList, **keywords: Any
     ) -> Array:
         """The loss; any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
         `sample_weight`) goes before the object's."""
-        return linear_cross_entropy(hidden, kernel, targets, **(self._keywords() | keywords))
+        return linear_cross_entropy(hidden, kernel, targets, **self._keywords(keywords))
 
 
-def _array(value):
-    if value is None:
-        return None
-    value = jnp.asarray(value)
-    if jnp.issubdtype(value.dtype, jnp.integer):  # or it had no gradient
-        value = value.astype(jnp.float32)
-    return nnx.data(value)
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray))
 
 
-def _number_or_array(value):
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if isinstance(value, (int, float)) else _array(value)
+def _differs(value: Any, default: Any) -> bool:
+    return _is_array(value) or value != default
 
 
-def _differs(value, default):
-    return isinstance(value, (jax.Array, np.ndarray)) or value != default
-
-
-def _describe(value):
-    if isinstance(value, (jax.Array, np.ndarray)):
+def _describe(value: Any) -> str:
+    if _is_array(value):
         return f"{value.dtype}{list(value.shape)}"
     return str(value) if isinstance(value, np.dtype) else repr(value)

@@ -15,17 +15,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._arguments import (
+    check_head_targets,
     check_reduction,
+    is_float,
+    read_array,
     read_axis,
     read_bias,
+    read_chunk_size,
     read_class_axis,
     read_class_mask,
-    read_head_targets,
     read_hidden_and_kernel,
-    read_ignore_index,
     read_index_targets,
     read_label_smoothing,
     read_logits,
+    read_precision,
     read_sample_weight,
     read_softcap,
     read_targets,
@@ -33,21 +36,24 @@ from ._arguments import (
     read_z_loss,
 )
 from ._axes import first_class, num_shards, psum, read_axis_names
+from ._calls import public
 from ._classes import along
+from ._numerics import blank_uncounted, compute_dtype, nan_where, times
 from ._reduction import total
-from ._softmax import compute_dtype, times, unless_zero
-from ._targets import read_indices
+from ._targets import class_table, read_indices
 from .stats import WANTED, TokenStats
 
 
+@public
 def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Array:
     """x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
-    part = logits = read_logits(logits, "logits")
-    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
+    part = logits = jnp.asarray(read_logits(logits, "logits"))
     axis = read_axis(axis, logits.ndim, "logits")
-    logits, exists = _whole(
-        classes, axis, logits, read_class_mask(class_mask, logits, axis, "logits")
-    )
+    exists = _class_mask(class_mask, logits, axis, "logits")
+    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
+    if not logits.size:
+        return logits
+    logits, exists = _whole(classes, axis, logits, exists)
     x = logits.astype(compute_dtype(logits))
     if exists is not None:
         x = jnp.where(exists, x, -jnp.inf)
@@ -60,6 +66,7 @@ def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Ar
     return log_probs.astype(logits.dtype)
 
 
+@public
 def nll(
     log_probs,
     targets,
@@ -85,13 +92,16 @@ def nll(
         class_axis_name=class_axis_name,
     )
 
+    own = not is_float(read_targets(targets, ignore_index)[0])  # an index reads its class alone
+
     def per_example(x):
-        return -jnp.sum(times(times(t, w), x), -1), 0
+        return -jnp.sum(times(_weighted(t, w), jnp.where((t == 0) & own, 0, x)), -1), 0
 
     loss, _ = _hide_uncounted(per_example, x, s)
     return _reduce(loss * poison, 0, None, s, mean_weight, reduction, examples)
 
 
+@public
 def cross_entropy(
     logits,
     targets,
@@ -122,8 +132,10 @@ def cross_entropy(
         class_axis_name,
     )
     softcap = read_softcap(softcap)
-    eps = read_label_smoothing(label_smoothing, x.dtype)
-    z = read_z_loss(z_loss, x.dtype)
+    eps = _number(read_label_smoothing(label_smoothing), x.dtype)
+    if eps is not None:
+        eps += nan_where(~((eps >= 0) & (eps <= 1)), x.dtype)
+    z = _number(read_z_loss(z_loss), x.dtype)
     count = jnp.maximum(jnp.sum(exists, -1, keepdims=True), 1)
     uniform = exists.astype(x.dtype) / count.astype(x.dtype)
     q = t if eps is None else (1 - eps) * t + eps * uniform
@@ -135,12 +147,13 @@ def cross_entropy(
         # A row without classes is not counted: let it be finite.
         empty = ~jnp.any(exists, -1, keepdims=True)
         log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
-        return -jnp.sum(times(times(q, w), log_p), -1), lse if z is None else lse**2
+        return -jnp.sum(times(_weighted(q, w), log_p), -1), lse if z is None else lse**2
 
     loss, squared = _hide_uncounted(per_example, x, s)
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, examples)
 
 
+@public
 def linear_cross_entropy(
     hidden,
     kernel,
@@ -175,6 +188,7 @@ def linear_cross_entropy(
         ignore_index,
         sample_weight,
         width_axis_name,
+        chunk_size,
     )
     return cross_entropy(
         logits,
@@ -193,6 +207,7 @@ def linear_cross_entropy(
     )
 
 
+@public
 def token_stats(
     logits,
     targets,
@@ -204,7 +219,7 @@ def token_stats(
     class_axis_name=None,
 ) -> TokenStats:
     """log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
-    targets = read_index_targets(targets, WANTED)
+    read_index_targets(targets, ignore_index, WANTED)
     x, exists, t, s, _, _, poison, _ = _read(
         "logits",
         logits,
@@ -236,6 +251,7 @@ def token_stats(
     )
 
 
+@public
 def linear_token_stats(
     hidden,
     kernel,
@@ -254,7 +270,7 @@ def linear_token_stats(
     width_axis_name=None,
 ) -> TokenStats:
     """token_stats(hidden @ kernel + bias); over which axes tokens are split is all the same."""
-    targets = read_index_targets(targets, WANTED)
+    read_index_targets(targets, ignore_index, WANTED)
     logits = _logits(
         hidden,
         kernel,
@@ -266,6 +282,7 @@ def linear_token_stats(
         ignore_index,
         None,
         width_axis_name,
+        chunk_size,
     )
     return token_stats(
         logits,
@@ -278,6 +295,7 @@ def linear_token_stats(
     )
 
 
+@public
 def total_weight(
     targets,
     *,
@@ -288,17 +306,23 @@ def total_weight(
     class_axis_name=None,
 ) -> Array:
     """sum_i s_i w_{y_i}, over the targets that are not ignored."""
-    targets = read_index_targets(targets)
-    dtype = compute_dtype(*(jnp.asarray(a) for a in (weight, sample_weight) if a is not None))
-    s = read_sample_weight(sample_weight, targets.shape, dtype)
+    targets, ignored = read_index_targets(
+        targets,
+        ignore_index,
+        "total_weight counts class indices; for class probabilities the mean divides by the sum "
+        "of sample weights",
+    )
+    w = read_weight(weight, None)
+    s = read_sample_weight(sample_weight, targets.shape)
     examples, classes = read_axis_names(
         targets, axis_name=axis_name, class_axis_name=class_axis_name
     )
-    (w,) = _whole(classes, 0, read_weight(weight, None, dtype))
-    num_classes = None if w is None else w.size
-    index, ignored = read_indices(targets, num_classes, read_ignore_index(ignore_index, targets))
+    dtype = compute_dtype(*(a for a in (w, s) if a is not None))
+    s = _spread(s, targets.shape, dtype)
+    (w,) = _whole(classes, 0, None if w is None else jnp.asarray(w, dtype))
+    index, ignored = read_indices(jnp.asarray(targets), None if w is None else w.size, ignored)
     if w is not None:
-        s = times(s, jnp.where(index < 0, 1, w[index]))
+        s *= blank_uncounted(s, jnp.where(index < 0, 1, w[index]))
     return total(jnp.where(ignored, 0, s), examples)
 
 
@@ -313,19 +337,28 @@ def _logits(
     ignore_index,
     sample_weight,
     width_axis_name,
+    chunk_size,
 ):
     """hidden @ kernel + bias, in float32 or float64; 0 for a token neither counted nor finite."""
-    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(
-        hidden, kernel, class_axis, dtype, width_axis_name
+    hidden, kernel = (
+        jnp.asarray(read_array(name, x)) for name, x in (("hidden", hidden), ("kernel", kernel))
     )
     (width,) = read_axis_names(hidden, kernel, width_axis_name=width_axis_name)
-    (kernel,) = _whole(width, 1 - class_axis, kernel)
-    targets = read_head_targets(targets, hidden, kernel.shape[class_axis])
+    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(
+        hidden, kernel, class_axis, dtype, num_shards(width)
+    )
+    num_classes = kernel.shape[class_axis]
+    targets, ignored = read_targets(targets, ignore_index)
+    check_head_targets(targets, hidden, num_classes)
     wide = compute_dtype(jnp.empty(0, dtype))
-    bias = read_bias(bias, kernel.shape[class_axis], wide)
-    counted = read_sample_weight(sample_weight, hidden.shape[:-1], wide) != 0
-    if targets.shape == hidden.shape[:-1]:
-        counted &= ~read_indices(targets, None, read_ignore_index(ignore_index))[1]
+    bias = read_bias(bias, num_classes)
+    s = read_sample_weight(sample_weight, hidden.shape[:-1])
+    read_chunk_size(chunk_size)
+    precision = read_precision(precision, dtype)
+    (kernel,) = _whole(width, 1 - class_axis, kernel)
+    counted = _spread(s, hidden.shape[:-1], wide) != 0
+    if not is_float(targets):
+        counted &= ~read_indices(jnp.asarray(targets), None, ignored)[1]
     finite = jnp.all(jnp.isfinite(hidden), -1)
     hidden = jnp.where((counted | finite)[..., None], hidden, 0)
     kernel = kernel if class_axis == 1 else kernel.T
@@ -335,7 +368,26 @@ def _logits(
         precision=precision,
         preferred_element_type=wide,
     )
-    return logits if bias is None else logits + bias
+    return logits if bias is None else logits + jnp.asarray(bias, wide)
+
+
+def _weighted(q, w):
+    """q * w; whatever the weight of a class without mass is."""
+    return q * blank_uncounted(q, w)
+
+
+def _number(value, dtype):
+    return None if value is None else jnp.asarray(value, dtype)
+
+
+def _spread(sample_weight, shape, dtype):
+    s = jnp.ones((), dtype) if sample_weight is None else jnp.asarray(sample_weight, dtype)
+    return jnp.broadcast_to(s, shape)
+
+
+def _class_mask(class_mask, logits, axis, name):
+    class_mask = read_class_mask(class_mask, logits.shape, axis, name)
+    return class_table(class_mask, logits.shape, axis)
 
 
 def _whole(names, axis, *arrays):
@@ -370,36 +422,39 @@ def _read(
     """Logits, which classes exist and targets as probabilities, classes last; sample weights
     (0 if not counted), class weights, what `mean` divides by, and NaN for a target out of
     range, else 1; all of whole rows. Last, the mapped axes of the examples."""
-    logits = read_logits(logits, name)
+    logits = jnp.asarray(read_logits(logits, name))
+    targets, ignored = read_targets(targets, ignore_index)
+    targets = jnp.asarray(targets)
+    axis = read_class_axis(axis, logits, targets, name)
+    per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
+    dtype = compute_dtype(logits)
+    exists = _class_mask(class_mask, logits, axis, name)
+    w = read_weight(weight, logits.shape[axis], per_example)
+    s = _spread(read_sample_weight(sample_weight, per_example), per_example, dtype)
     examples, classes = read_axis_names(
         logits, axis_name=axis_name, class_axis_name=class_axis_name
     )
-    targets = read_targets(targets)
-    axis = read_class_axis(axis, logits, targets, name)
-    ignore_index = read_ignore_index(ignore_index, targets)
-    exists = read_class_mask(class_mask, logits, axis, name)
-    weight = read_weight(weight, logits.shape[axis], compute_dtype(logits))
-    (weight,) = _whole(classes, 0, weight)
+    (w,) = _whole(classes, 0, None if w is None else jnp.asarray(w, dtype))
     logits, exists = _whole(classes, axis, logits, exists)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
+    if is_float(targets):
         (targets,) = _whole(classes, axis, targets)
     exists = jnp.broadcast_to(True if exists is None else exists, logits.shape)
     exists = jnp.moveaxis(exists, axis, -1)
-    x = jnp.moveaxis(logits.astype(compute_dtype(logits)), axis, -1)
+    x = jnp.moveaxis(logits.astype(dtype), axis, -1)
     num_classes = x.shape[-1]
-    w = along(-1, x.ndim, jnp.ones(num_classes, x.dtype) if weight is None else weight)
-    s = read_sample_weight(sample_weight, x.shape[:-1], x.dtype)
+    w = along(-1, x.ndim, jnp.ones(num_classes, x.dtype) if w is None else w)
     s = jnp.where(jnp.any(exists, -1), s, 0)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        t = unless_zero(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
+    if is_float(targets):
+        t = blank_uncounted(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
         return x, exists, t, s, w, s, jnp.ones_like(s), examples
-    index, ignored = read_indices(targets, num_classes, ignore_index)
+    index, ignored = read_indices(targets, num_classes, ignored)
     s = jnp.where(ignored | (index < 0) & (s == 0), 0, s)
     classes = along(-1, x.ndim, jnp.arange(num_classes))
     t = (index[..., None] == classes).astype(x.dtype)
     t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
-    mean_weight = times(s, jnp.where(index < 0, 1, jnp.sum(times(t, w), -1)))
-    poison = jnp.where((index < 0) & (s != 0), jnp.nan, 1).astype(x.dtype)
+    target_weight = jnp.where(index < 0, 1, jnp.sum(_weighted(t, w), -1))
+    mean_weight = s * blank_uncounted(s, target_weight)
+    poison = 1 + nan_where((index < 0) & (s != 0), x.dtype)
     return x, exists, t, s, w, mean_weight, poison, examples
 
 

@@ -7,19 +7,24 @@ ratio = jnp.exp(stats.log_prob - old_log_prob)      # PPO, GRPO
 ```
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from ._arguments import ArrayOrList, read_index_targets, read_logits, read_softcap
+from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
 from ._axes import AxisName, read_axis_names
+from ._calls import compiled, public
+from ._chunks import Plan
 from ._classes import first_best
-from ._shards import whole_best, whole_rows
-from ._softmax import RowSums, cap, compute_dtype, hide, log, row_max, row_sums
-from ._targets import Rows, read_rows
+from ._mesh import Layout
+from ._numerics import compute_dtype
+from ._shards import whole_best
+from ._softmax import RowSums, cap, hide, log
+from ._targets import Given, Rows, read_given
+from .functional import Options, rows_of_logits
 from .linear import PrecisionLike, read_head, rows_of_head
 
 WANTED = "the statistics are of one class a token, given as an index"
@@ -35,6 +40,7 @@ class TokenStats(NamedTuple):
     correct: Array
 
 
+@public
 def token_stats(
     logits: ArrayOrList,
     targets: ArrayOrList,
@@ -79,30 +85,29 @@ def token_stats(
       (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
     """
     logits = read_logits(logits, "logits")
-    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
-    softcap = read_softcap(softcap)
-    targets = read_index_targets(targets, WANTED)
-    rows = read_rows(
-        logits,
-        targets,
-        name="logits",
-        ignore_index=ignore_index,
-        axis=axis,
-        class_mask=class_mask,
-        classes=classes,
+    targets, ignored = read_index_targets(targets, ignore_index, WANTED)
+    axis = read_class_axis(axis, logits, targets, "logits")
+    given = read_given(
+        "logits", logits.shape, axis, targets, ignored, class_mask=class_mask, softcap=softcap
     )
-    shift = row_max(rows.axis, softcap, logits, rows.exists)
-    sums = row_sums(rows.axis, softcap, logits, shift, rows.exists, rows.here, None, entropy=True)
+    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
+    return _token_stats(Options(axis=axis, classes=classes), logits, given)
+
+
+@compiled
+def _token_stats(options: Options, logits: Array, given: Given) -> TokenStats:
+    axis, classes, softcap = options.axis, options.classes, given.softcap
+    rows, shift, top, sums = rows_of_logits(axis, logits, given, classes, moment=True)
     # Of the capped logits, where the cap makes equals of different ones.
     scores = cap(softcap, logits.astype(compute_dtype(logits)))
     if rows.exists is not None:
         scores = jnp.where(rows.exists, scores, -jnp.inf)
-    best = first_best(jax.lax.stop_gradient(scores), rows.axis)
-    top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.sample_weight == 0, classes)
-    prediction = whole_best(shift, top, best, logits.shape[rows.axis], classes)
+    best = first_best(jax.lax.stop_gradient(scores), axis)
+    prediction = whole_best(shift, top, best, logits.shape[axis], classes)
     return _stats(rows, top, sums, prediction)
 
 
+@public
 def linear_token_stats(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
@@ -143,10 +148,11 @@ def linear_token_stats(
       >>> stats.log_prob.round(4), stats.prediction
       (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
     """
-    plan, head, rows, layout = read_head(
+    read_index_targets(targets, ignore_index, WANTED)
+    plan, layout, *arrays = read_head(
         hidden,
         kernel,
-        read_index_targets(targets, WANTED),
+        targets,
         bias=bias,
         class_axis=class_axis,
         dtype=dtype,
@@ -160,7 +166,14 @@ def linear_token_stats(
         ignore_index=ignore_index,
         stats=True,
     )
-    return _stats(rows, *rows_of_head(plan, head, rows, layout))
+    return _linear_token_stats((plan, layout), *arrays)
+
+
+@compiled
+def _linear_token_stats(
+    static: tuple[Plan, Layout], hidden: Array, kernel: Array, bias: Any, given: Given
+) -> TokenStats:
+    return _stats(*rows_of_head(*static, hidden, kernel, bias, given))
 
 
 def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
@@ -172,7 +185,7 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenS
     stats = TokenStats(
         log_prob=rows.scale * (sums.picked - log_sum),
         log_normalizer=shift + log_sum,
-        entropy=sums.entropy,
+        entropy=log_sum - sums.moment / sums.total,
         prediction=prediction,
         correct=counted & (prediction == rows.index),
     )

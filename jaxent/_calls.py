@@ -1,0 +1,110 @@
+"""What every public function does around its formula: compile it once, and explain a wrong call."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What optax, PyTorch and others call it, and what jaxent does.
+OTHERS_NAMES = {
+    "input": "logits",
+    "inputs": "logits",
+    "y_pred": "logits",
+    "log_probabilities": "log_probs",
+    "target": "targets",
+    "labels": "targets",
+    "label": "targets",
+    "y_true": "targets",
+    "where": "sample_weight (a bool array will do)",
+    "mask": "sample_weight (a bool array will do), or class_mask for classes",
+    "weights": "weight for classes, sample_weight for examples",
+    "class_weight": "weight",
+    "class_weights": "weight",
+    "sample_weights": "sample_weight",
+    "dim": "axis",
+    "ignore_id": "ignore_index",
+    "pad_id": "ignore_index",
+    "smoothing": "label_smoothing",
+    "smooth": "label_smoothing",
+    "size_average": "reduction (jaxent.porting.legacy_reduction says which)",
+    "reduce": "reduction (jaxent.porting.legacy_reduction says which)",
+    "logit_softcap": "softcap",
+    "lse_square_scale": "z_loss",
+    "features": "hidden",
+    "x": "hidden",
+    "w": "kernel",
+    "embedding": "kernel, with class_axis=0",
+    "linear_weight": "kernel, with class_axis=0",
+}
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """One program for each first argument, which is static; part of the program around it.
+
+    Eagerly, a second call like the first is a look-up.
+    """
+
+    @functools.wraps(function)
+    def run(options: Any, *arrays: Any) -> Any:
+        # With jax_disable_jit, NumPy arrays come here as they are.
+        return function(options, *jax.tree.map(jnp.asarray, arrays))
+
+    return jax.jit(run, static_argnums=0, inline=True)
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose wrong calls are told what is right. A right call passes through."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> R:
+        try:
+            return function(*args, **keywords)
+        except TypeError as error:
+            message = _wrong_call(function, args, keywords) or _forward_mode(function, error)
+            if message is None:
+                raise
+        raise TypeError(message)
+
+    return call
+
+
+def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str | None:
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args, **keywords)
+    except TypeError as error:
+        name = f"jaxent.{function.__name__}"
+        unknown = [k for k in keywords if k not in signature.parameters]
+        hints = [f"{k} is {_ours(k, signature)}" for k in unknown if _ours(k, signature)]
+        positional = [k for k, p in signature.parameters.items() if p.kind != p.KEYWORD_ONLY]
+        if len(args) > len(positional):
+            hints.append(
+                f"only {', '.join(positional)} are taken by position, and the rest by name "
+                "(weight=..., reduction=...)"
+            )
+        hint = "; ".join(hints) or f"its arguments are {', '.join(signature.parameters)}"
+        return f"{name}: {error}; {hint}"
+    return None
+
+
+def _ours(name: str, signature: inspect.Signature) -> str | None:
+    """Our name for it, where the function has one."""
+    other = OTHERS_NAMES.get(name)
+    if other is None or other.split(" ")[0].strip(",") not in signature.parameters:
+        return None
+    return other
+
+
+def _forward_mode(function: Callable[..., Any], error: TypeError) -> str | None:
+    if "custom_vjp" not in str(error):
+        return None
+    return (
+        f"jaxent.{function.__name__} has a hand-written gradient, which forward mode (jvp, jacfwd, "
+        f"jet) cannot use: take jaxent.reference.{function.__name__}, of the same signature"
+    )

@@ -1,0 +1,46 @@
+"""The rules that keep 0 * inf out of values and gradients.
+
+| factor | value | `times` | `factor * blank_uncounted(factor, value)` |
+| --- | --- | --- | --- |
+| 0 | finite | 0 | 0 |
+| 0 | inf, -inf | 0, derivatives 0 | 0, derivatives 0 |
+| 0 | NaN | NaN: it shows | 0: nobody asked for it |
+| other | any | the product | the product |
+
+`times` is for what is counted; its other is for what a weight of 0 leaves out. Neither makes a
+NaN on the way, which `jax_debug_nans` would report.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def compute_dtype(*arrays: Any) -> Any:
+    """float64 if one has dtype float64, else float32."""
+    return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
+
+
+def unless_zero(factor: Any, value: Any) -> Array:
+    """`value`, but 0 where `factor` is 0 and `value` infinite: 0 * inf is 0, 0 * NaN is NaN."""
+    return jnp.where((factor == 0) & jnp.isinf(value), 0, value)
+
+
+def times(factor: Any, value: Any) -> Array:
+    """`factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
+    return factor * unless_zero(factor, value)
+
+
+def blank_uncounted(weight: Any, value: Any) -> Array:
+    """`value`, but 0 where `weight` is 0 and `value` is not finite, NaN included."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
+
+
+def nan_where(condition: Any, dtype: Any) -> Array:
+    """NaN where the condition holds, else 0, to be added.
+
+    There is no literal NaN in it: with jit off, `jax_debug_nans` judges each operation, and a
+    select that does not take its NaN would be reported as one that does.
+    """
+    return jnp.where(condition, jnp.inf, 0).astype(dtype) * 0
