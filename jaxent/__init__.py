@@ -7,7 +7,8 @@ loss = jaxent.CrossEntropyLoss(weight=class_weights, label_smoothing=0.1)(logits
 
 `cross_entropy`, `nll`, `log_softmax` and `total_weight` are the functions, and
 `linear_cross_entropy` the classifier head and the loss in one, without the logits;
-`token_stats` and `linear_token_stats` are what logits say of each token. `CrossEntropyLoss`,
+`token_stats` and `linear_token_stats` are what logits say of each token; `check_targets` names a
+target that is out of range. `CrossEntropyLoss`,
 `NLLLoss` and `LinearCrossEntropyLoss` are the objects, `LinearHead` is an `nnx.Linear` with its
 loss. `reference` has the formulas that they equal, `porting` the way from PyTorch.
 """
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import reference
+from ._check import check_targets
 from .functional import cross_entropy, log_softmax, nll, total_weight
 from .linear import linear_cross_entropy
 from .stats import TokenStats, linear_token_stats, token_stats
@@ -31,6 +33,7 @@ __all__ = [
     "LinearHead",
     "NLLLoss",
     "TokenStats",
+    "check_targets",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_token_stats",

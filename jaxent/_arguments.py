@@ -66,10 +66,10 @@ def is_float(array: Any) -> bool:
     return bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
-def read_logits(logits: Any, name: str) -> Any:
+def read_logits(logits: Any, name: str, targets: Any = None) -> Any:
     logits = read_array(name, logits)
     if not is_float(logits):
-        swapped = jnp.issubdtype(logits.dtype, jnp.integer) and logits.ndim < 2
+        swapped = hasattr(targets, "dtype") and is_float(targets)
         hint = f"; the order of arguments is {name}, targets" if swapped else ""
         raise TypeError(f"{name} must be a float array, got {describe(logits)}{hint}")
     if logits.ndim == 0:
@@ -84,7 +84,7 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
     ignored, as it is itself.
     """
     ignore_index = read_ignore_index(ignore_index)
-    whole = _whole_numbers(targets)
+    whole = whole_numbers(targets)
     if whole is not None and whole.dtype.itemsize == 8:
         _check_holds(whole, ignore_index)
         return _cut(whole, ignore_index)
@@ -109,7 +109,7 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
     return targets, np.asarray(ignore_index, dtype)
 
 
-def _whole_numbers(targets: Any) -> Any:
+def whole_numbers(targets: Any) -> Any:
     """NumPy and Python integers as a NumPy array, of objects where no dtype has them all."""
     if type(targets) is np.ndarray:
         return targets if targets.dtype.kind in "iu" else None
@@ -188,6 +188,13 @@ def read_axis(axis: Any, ndim: int, name: str) -> int:
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis={axis} is out of range for {name} of {ndim} dimensions")
     return axis % ndim
+
+
+def read_num_classes(num_classes: Any) -> int:
+    num_classes = _read_integer("num_classes", num_classes, "a Python integer")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be positive, got {num_classes}")
+    return num_classes
 
 
 def check_axis(axis: Any) -> None:
@@ -362,7 +369,7 @@ def read_hidden_and_kernel(
     hidden, kernel = read_array("hidden", hidden), read_array("kernel", kernel)
     shapes = describe_pair("hidden", hidden, "kernel", kernel)
     if not (is_float(hidden) and is_float(kernel)):
-        swapped = jnp.issubdtype(kernel.dtype, jnp.integer) and kernel.ndim == hidden.ndim - 1
+        swapped = hidden.ndim + 1 == kernel.ndim if is_float(kernel) else kernel.ndim != 2
         hint = "; the order of arguments is hidden, kernel, targets" if swapped else ""
         raise TypeError(f"{shapes}: both must be float arrays{hint}")
     for name, array in (("hidden", hidden), ("kernel", kernel)):

@@ -243,7 +243,7 @@ def scatter_slice(total, part, start, axis):
 
 def chunk_gradients(plan, floats, fixed, i, logits=None):
     """Where a chunk starts and what it adds to the gradients."""
-    head, shift, total, cotangents = floats
+    head, shift, cotangents = floats
     chunk = read_chunk(plan, head, fixed, i)
     if logits is None:
         logits = chunk_logits(plan, chunk.head)
@@ -258,7 +258,6 @@ def chunk_gradients(plan, floats, fixed, i, logits=None):
         chunk.shown,
         chunk.index,
         q,
-        total,
         cotangents,
     )
     d_hidden, d_kernel = _matmul_gradients(plan, chunk.head, d_logits)

@@ -32,7 +32,9 @@ from ._classes import one_hot, pick
 from ._numerics import blank_uncounted, compute_dtype, nan_where, times, unless_zero
 
 
-def row_max(axis: int, softcap: Any, x: Array, exists: Array | None) -> Array:
+def row_max(
+    axis: int, softcap: Any, x: Array, exists: Array | None, uncounted: Array | None = None
+) -> Array:
     """Each row's largest logit among the classes that exist, as a constant, (..., 1, ...).
 
     Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes.
@@ -45,7 +47,16 @@ def row_max(axis: int, softcap: Any, x: Array, exists: Array | None) -> Array:
     # four dimensions with `maximum` in it; over the last it does not, and the rest is shorter (jax
     # 0.10.2).
     last = _is_last(axis, x)
-    return cap(softcap, jnp.maximum(top, low) if last else jnp.where(top == -jnp.inf, low, top))
+    shift = cap(softcap, jnp.maximum(top, low) if last else jnp.where(top == -jnp.inf, low, top))
+    return shift if uncounted is None else finite_shift(shift, uncounted)
+
+
+def finite_shift(shift: Array, uncounted: Any) -> Array:
+    """The shift, 0 in an uncounted row of NaN or inf.
+
+    An eager gradient keeps it: it comes out of a program, where `jax_debug_nans` sees it.
+    """
+    return jnp.where(uncounted & ~jnp.isfinite(shift), 0, shift)
 
 
 def _shown(x, exists):
@@ -163,30 +174,17 @@ def hide(where: Array, shift: Any, sums: RowSums) -> tuple[Any, RowSums]:
     return None if shift is None else jnp.where(where, 0, shift), sums
 
 
-def blank(sums: RowSums, uncounted: Array | None) -> RowSums:
-    """The sums, those of a row of nothing where a row is not counted and its total not finite.
-
-    Here, and not later: the total is kept for the backward pass, where `jax_debug_nans` sees it.
-    """
-    if sums.total is None or uncounted is None:
-        return sums
-    return hide(uncounted & ~jnp.isfinite(sums.total), None, sums)[1]
-
-
 def row_sums(
     axis: int,
     softcap: Any,
     x: Array,
     shift: Array | None,
     exists: Array | None,
-    uncounted: Array | None,
     index: Array | None,
     mass: Callable[[Any], Array] | None,
     moment: bool = False,
-) -> tuple[Array | None, RowSums]:
-    """The shift and the sums of each row, (..., 1, ...), those that are asked for.
-
-    A row that is not counted and not finite comes back as a row of nothing.
+) -> RowSums:
+    """The sums of each row, (..., 1, ...), those that are asked for.
 
     Args:
       axis: the class axis.
@@ -195,29 +193,24 @@ def row_sums(
       shift: what `row_max` returned; None says that x is log-probabilities already, and
         leaves the total out.
       exists: bool, (..., C, ...), broadcastable to x; None where all classes exist.
-      uncounted: bool, (..., 1, ...): rows that the loss does not count, which may hold anything;
-        None for none.
       index: int32, (..., 1, ...), < 0 for none; None leaves the picked logit out.
       mass: a `jax.tree_util.Partial` that takes `exists` and returns q, broadcastable to x;
         its arrays are differentiated through. None leaves both sums of it out.
       moment: whether to return it.
     """
-    arguments = vary_alike(x, softcap, shift, exists, uncounted, index, mass)
+    arguments = vary_alike(x, softcap, shift, exists, index, mass)
     asked = (shift is not None, moment, index is not None, mass is not None)
-    sums = _unpack(axis, asked, _row_sums(axis, moment, *arguments))
-    if shift is not None and uncounted is not None:
-        shift = jnp.where(uncounted & ~jnp.isfinite(shift), 0, arguments[2])
-    return shift, sums
+    return _unpack(axis, asked, _row_sums(axis, moment, *arguments))
 
 
 # One array holds all sums: `vmap` gets the gradient of an unmapped argument wrong where some
 # outputs of a custom_vjp are mapped and others are not (seen in jax 0.9.0 to 0.12.0).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _row_sums(axis, moment, x, softcap, shift, exists, uncounted, index, mass):
-    return _row_sums_fwd(axis, moment, x, softcap, shift, exists, uncounted, index, mass)[0]
+def _row_sums(axis, moment, x, softcap, shift, exists, index, mass):
+    return _row_sums_fwd(axis, moment, x, softcap, shift, exists, index, mass)[0]
 
 
-def _row_sums_fwd(axis, moment, x, softcap, shift, exists, uncounted, index, mass):
+def _row_sums_fwd(axis, moment, x, softcap, shift, exists, index, mass):
     def in_one_pass(x, softcap, shift, exists, index, mass):
         terms = _terms(axis, softcap, moment, x, shift, exists, index, mass)
         mass_sum = None if mass is None else _sum(axis, terms.mass_sum)
@@ -238,9 +231,9 @@ def _row_sums_fwd(axis, moment, x, softcap, shift, exists, uncounted, index, mas
         sums = jax.lax.platform_dependent(*arguments, cpu=in_one_pass, default=one_by_one)
     else:
         sums = one_by_one(*arguments)
-    sums = blank(sums, uncounted)
     packed = jnp.concatenate(jax.tree.leaves(sums), axis)
-    return packed, (x, softcap, shift, exists, index, mass, sums.total)
+    lost = None if shift is None else ~has_log(sums.total)
+    return packed, (x, softcap, shift, exists, index, mass, lost)
 
 
 def _terms(axis, softcap, moment, x, shift, exists, index, mass):
@@ -301,10 +294,10 @@ def _sum_at_once_jvp(axis, primals, tangents):
 
 
 def _row_sums_bwd(axis, moment, residuals, cotangents):
-    x, softcap, shift, exists, index, mass, total = residuals
+    x, softcap, shift, exists, index, mass, lost = residuals
     x = _fresh(axis, softcap, x, mass)
     asked = (shift is not None, moment, index is not None, mass is not None)
-    d_sums = poison(total, _unpack(axis, asked, cotangents))
+    d_sums = poison(lost, _unpack(axis, asked, cotangents))
     # Concatenated and hidden: else XLA's CPU compiler makes them again for each class.
     packed = jax.lax.optimization_barrier(jnp.concatenate(jax.tree.leaves(d_sums), axis))
     q, pull = (None, None) if mass is None else jax.vjp(lambda mass: mass(exists), mass)
@@ -316,11 +309,10 @@ def _row_sums_bwd(axis, moment, residuals, cotangents):
         exists,
         index,
         q,
-        total,
         _unpack(axis, asked, packed),
     )
     d_mass = None if pull is None else pull(d_q)[0]
-    return d_x.astype(x.dtype), None, None, None, None, None, d_mass
+    return d_x.astype(x.dtype), None, None, None, None, d_mass
 
 
 _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)
@@ -344,24 +336,24 @@ def _fresh(axis, softcap, x, mass):
     )
 
 
-def poison(total: Any, d_sums: RowSums) -> RowSums:
-    """Cotangents of the sums, NaN for a row that is counted and whose total has no logarithm."""
-    if total is None:
+def poison(lost: Any, d_sums: RowSums) -> RowSums:
+    """Cotangents of the sums, NaN for a row that is counted and lost: its total has no logarithm."""
+    if lost is None:
         return d_sums
-    lost = (d_sums.total != 0) & ~has_log(total)
+    lost &= d_sums.total != 0
     return d_sums._replace(total=d_sums.total + nan_where(lost, d_sums.total.dtype))
 
 
 def row_gradients(
-    axis, softcap, x, shift, exists, index, q, total, cotangents: RowSums
+    axis, softcap, x, shift, exists, index, q, cotangents: RowSums
 ) -> tuple[Array, Array | None]:
     """The gradients of a loss with respect to logits and target mass, given those of the sums."""
     d_total, d_moment, d_picked, d_mass_sum, d_target_sum = cotangents
     centred = _centre(softcap, x, shift, exists)
     # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
-    d_centred: Any = jnp.zeros_like(centred) if total is None else 0
+    d_centred: Any = jnp.zeros_like(centred) if shift is None else 0
     d_q = None
-    if total is not None:
+    if shift is not None:
         exps = _exponentials(x, softcap, shift, exists)
         d_centred += _scaled(d_total, exps)
         if d_moment is not None:

@@ -32,7 +32,7 @@ from ._chunks import (
 )
 from ._classes import pick
 from ._numerics import compute_dtype, times
-from ._softmax import RowSums, blank, cap, poison, product, unless_lost
+from ._softmax import RowSums, cap, finite_shift, has_log, poison, product, unless_lost
 
 
 def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
@@ -73,16 +73,15 @@ def _packed_sums(plan, head, fixed):
 
 def _packed_sums_fwd(plan, head, fixed):
     shift, sums, best = streamed_sums(plan, head, fixed)
-    sums = blank(sums, fixed.uncounted)
-    shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
-    return _pack(shift, sums, best), (head, fixed, shift, sums.total)
+    shift = finite_shift(shift, fixed.uncounted)
+    return _pack(shift, sums, best), (head, fixed, shift, ~has_log(sums.total))
 
 
 def _packed_sums_bwd(plan, residuals, cotangent):
-    head, fixed, shift, total = residuals
+    head, fixed, shift, lost = residuals
     _, cotangents = _unpack(plan, head, fixed, cotangent[0])
-    cotangents = poison(total, cotangents)
-    gradients = _gradients(plan, (head, shift, total, cotangents), fixed)
+    cotangents = poison(lost, cotangents)
+    gradients = _gradients(plan, (head, shift, cotangents), fixed)
     return _cast(blank_hidden(gradients, fixed.uncounted), head), None
 
 
@@ -191,8 +190,8 @@ def _sums_jvp(plan, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(plan, floats, fixed):
-    """The gradients of a head, hidden's in float32; floats: head, shift, total and the
-    cotangents of the sums."""
+    """The gradients of a head, hidden's in float32; floats: head, shift and the cotangents
+    of the sums."""
     return on_platform(_gradients_pass, plan, floats, fixed)
 
 

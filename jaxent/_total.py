@@ -29,7 +29,7 @@ from ._chunks import (
     zero_gradients,
 )
 from ._numerics import compute_dtype
-from ._softmax import RowSums, blank, poison
+from ._softmax import RowSums, has_log, poison
 from ._streaming import head_sums, streamed_sums, sums_pass
 
 def head_total(
@@ -53,7 +53,7 @@ def head_total(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _total(plan, terms, head, rows, fixed):
     shift, sums, _ = streamed_sums(plan, head, fixed)
-    return jnp.sum(terms(rows, shift, blank(sums, fixed.uncounted)))
+    return jnp.sum(terms(rows, shift, sums))
 
 
 def _total_fwd(plan, terms, head, rows, fixed):
@@ -115,8 +115,7 @@ def _blocks_pass(plan, floats, fixed, terms):
             ((floats[0]._replace(kernel=None), floats[1]), fixed),
         )
         head = head._replace(kernel=floats[0].kernel)
-        (shift, sums, _), kept = sums_pass(plan, head, fixed_here, keep=True)
-        sums = blank(sums, fixed_here.uncounted)
+        (shift, sums, _), logits = sums_pass(plan, head, fixed_here, keep=True)
 
         def block_total(rows, sums):
             fresh = start + jnp.arange(size, dtype=jnp.int32)[:, None] >= i * size
@@ -124,17 +123,16 @@ def _blocks_pass(plan, floats, fixed, terms):
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
-        cotangents = poison(sums.total, cotangents)
+        cotangents = poison(~has_log(sums.total), cotangents)
 
         def chunk_step(gradients, x):
-            j, logits = x
-            around = (head, shift, sums.total, cotangents)
-            c, part = chunk_gradients(plan, around, fixed_here, j, logits)
+            around = (head, shift, cotangents)
+            c, part = chunk_gradients(plan, around, fixed_here, *x)
             return accumulate(plan, head, gradients, part, c, add_slice), None
 
         total, (d_head, all_d_rows) = carry
         zeros = _widen(plan, zero_gradients(plan, head))._replace(kernel=d_head.kernel)
-        chunks = chunk_numbers(plan, head), kept
+        chunks = chunk_numbers(plan, head), logits
         part, _ = jax.lax.scan(chunk_step, zeros, chunks)
 
         def add(total, part):

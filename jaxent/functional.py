@@ -109,7 +109,7 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     x = logits.astype(compute_dtype(logits))
     finite = None if exists is None else read_existing(exists, axis, classes)[0]
     shift = row_max(axis, None, x, finite)
-    _, sums = row_sums(axis, None, x, shift, finite, None, None, None)
+    sums = row_sums(axis, None, x, shift, finite, None, None)
     shift, sums = whole_rows(shift, sums, None, None, False, classes)
     log_probs = x - shift - log(sums.total)
     if exists is not None:
@@ -157,7 +157,7 @@ def nll(
       Array([0.6931472 , 0.22314353], dtype=float32)
     """
     check_reduction(reduction)
-    log_probs = read_logits(log_probs, "log_probs")
+    log_probs = read_logits(log_probs, "log_probs", targets)
     targets, ignored = read_targets(targets, ignore_index)
     axis = read_class_axis(axis, log_probs, targets, "log_probs")
     given = read_given(
@@ -179,7 +179,7 @@ def nll(
 def _nll(options: Options, log_probs: Array, given: Given) -> Array:
     axis, reduction, examples, classes = options
     rows = make_rows(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
-    _, sums = row_sums(axis, None, log_probs, None, None, None, rows.here, rows.mass)
+    sums = row_sums(axis, None, log_probs, None, None, rows.here, rows.mass)
     _, sums = whole_rows(None, sums, rows.index, rows.here, rows.uncounted, classes)
     return reduced_loss(rows, None, None, sums, reduction, examples)
 
@@ -268,7 +268,7 @@ def cross_entropy(
       2024 (soft-capping).
     """
     check_reduction(reduction)
-    logits = read_logits(logits, "logits")
+    logits = read_logits(logits, "logits", targets)
     targets, ignored = read_targets(targets, ignore_index)
     axis = read_class_axis(axis, logits, targets, "logits")
     given = read_given(
@@ -303,17 +303,9 @@ def rows_of_logits(
     """What the targets are; of each row of logits the shift of the classes that are here, and
     shift and sums of all of them."""
     rows = make_rows(axis, logits.shape, compute_dtype(logits), given, classes)
-    shift = row_max(axis, given.softcap, logits, rows.exists)
-    shift, sums = row_sums(
-        axis,
-        given.softcap,
-        logits,
-        shift,
-        rows.exists,
-        rows.uncounted,
-        rows.here,
-        rows.mass,
-        moment,
+    shift = row_max(axis, given.softcap, logits, rows.exists, rows.uncounted)
+    sums = row_sums(
+        axis, given.softcap, logits, shift, rows.exists, rows.here, rows.mass, moment
     )
     top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.uncounted, classes)
     return rows, shift, top, sums

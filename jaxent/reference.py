@@ -422,7 +422,7 @@ def _read(
     """Logits, which classes exist and targets as probabilities, classes last; sample weights
     (0 if not counted), class weights, what `mean` divides by, and NaN for a target out of
     range, else 1; all of whole rows. Last, the mapped axes of the examples."""
-    logits = jnp.asarray(read_logits(logits, name))
+    logits = jnp.asarray(read_logits(logits, name, targets))
     targets, ignored = read_targets(targets, ignore_index)
     targets = jnp.asarray(targets)
     axis = read_class_axis(axis, logits, targets, name)

@@ -84,7 +84,7 @@ def token_stats(
       >>> stats.entropy / jnp.log(2), stats.correct
       (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
     """
-    logits = read_logits(logits, "logits")
+    logits = read_logits(logits, "logits", targets)
     targets, ignored = read_index_targets(targets, ignore_index, WANTED)
     axis = read_class_axis(axis, logits, targets, "logits")
     given = read_given(

@@ -163,11 +163,11 @@ ONLY_CROSS_ENTROPY = {
         "z_loss must be an array or a number, got None",
     ),
     "softcap 0": ({"softcap": 0.0}, ValueError, "softcap must be a positive Python number"),
-    "softcap an array": ({"softcap": jnp.ones(())}, ValueError, "softcap must be a positive"),
+    "softcap an array": ({"softcap": jnp.ones(1)}, ValueError, "softcap must be a positive"),
     "a class_mask of numbers": (
         {"class_mask": jnp.ones(5)},
         TypeError,
-        "class_mask is float32: it must be bool, True for the classes that exist",
+        r"class_mask is float32\[5\]: it must be bool, True for the classes that exist",
     ),
     "a class_mask of the wrong length": (
         {"class_mask": jnp.ones(4, bool)},

@@ -16,7 +16,6 @@ from sharded import MESHES, assert_equal, collectives, floats, jit, laid_out, ma
 from sharded_calls import AUTO, AXES, CASES, WHOLE, call, given, specs, whole, with_gradients
 
 import jaxent
-import jaxent._total
 import jaxent.linear
 from jaxent import _classes
 
@@ -162,7 +161,7 @@ def test_second_order_equals_the_whole(case, kind):
 def test_gradients_made_forward_are_added_up_once(kind, monkeypatch):
     """Not for each block of tokens: a device goes over blocks of its own."""
     monkeypatch.setattr(jaxent.linear, "_made_forward", lambda *_: True)
-    monkeypatch.setattr(jaxent._total, "BLOCK", 3)
+    monkeypatch.setattr(jaxent.linear, "BLOCK", 3)
     mesh = make_mesh(kind, data=8)
     tree = given("linear")
     where = {"h_b": P("data", None, None), "k": P(None, None), "y_b": P("data", None)}
