@@ -323,6 +323,7 @@ def _read_coefficient(name: str, value: Any, low: float, high: float) -> Any:
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got {describe(array)}")
     if not isinstance(array, jax.Array):
+        array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))
         if not low <= array <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
         if array == 0:
@@ -349,6 +350,8 @@ def _read_real(name: str, value: Any) -> Any:
     array = read_array(name, value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {describe(array)}")
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":  # one program for 1 and 1.0
+        array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))
     return array
 
 

@@ -65,7 +65,7 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **keywords: P.kwargs) -> R:
         try:
             return function(*args, **keywords)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             message = _wrong_call(function, args, keywords) or _forward_mode(function, error)
             if message is None:
                 raise
@@ -79,9 +79,11 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
     try:
         signature.bind(*args, **keywords)
     except TypeError as error:
-        name = f"jaxent.{function.__name__}"
+        name = f"jaxent.{function.__qualname__}"
         unknown = [k for k in keywords if k not in signature.parameters]
-        hints = [f"{k} is {_ours(k, signature)}" for k in unknown if _ours(k, signature)]
+        hints = [
+            f"{k} is called {_ours(k, signature)} here" for k in unknown if _ours(k, signature)
+        ]
         positional = [k for k, p in signature.parameters.items() if p.kind != p.KEYWORD_ONLY]
         if len(args) > len(positional):
             hints.append(
@@ -101,8 +103,9 @@ def _ours(name: str, signature: inspect.Signature) -> str | None:
     return other
 
 
-def _forward_mode(function: Callable[..., Any], error: TypeError) -> str | None:
-    if "custom_vjp" not in str(error):
+def _forward_mode(function: Callable[..., Any], error: Exception) -> str | None:
+    # The second is jax.experimental.jet's, of which the error says nothing.
+    if "to a custom_vjp function" not in str(error) and "'process_primitive'" not in str(error):
         return None
     return (
         f"jaxent.{function.__name__} has a hand-written gradient, which forward mode (jvp, jacfwd, "

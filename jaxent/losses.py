@@ -44,6 +44,7 @@ from ._arguments import (
     read_z_loss,
 )
 from ._axes import AxisName, check_axis_name
+from ._calls import public
 from .functional import cross_entropy, nll
 from .linear import linear_cross_entropy
 
@@ -115,6 +116,8 @@ class _Loss(nnx.Pytree):
         _, *parameters = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         cls._names = tuple(parameter.name for parameter in parameters)
+        for method in ("__init__", "__call__"):
+            setattr(cls, method, public(getattr(cls, method)))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._names:

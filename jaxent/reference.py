@@ -141,7 +141,6 @@ def cross_entropy(
     q = t if eps is None else (1 - eps) * t + eps * uniform
 
     def per_example(x):
-        x = jnp.where(exists, x, 0)
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
         # A row without classes is not counted: let it be finite.
@@ -149,7 +148,7 @@ def cross_entropy(
         log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
         return -jnp.sum(times(_weighted(q, w), log_p), -1), lse if z is None else lse**2
 
-    loss, squared = _hide_uncounted(per_example, x, s)
+    loss, squared = _hide_uncounted(per_example, jnp.where(exists, x, 0), s)
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, examples)
 
 
@@ -467,6 +466,8 @@ def _log_probs(x, axis):
 
 def _hide_uncounted(per_example, x, s):
     """`per_example(x)`, and 0 for an example that is neither counted nor finite."""
+    peak = jnp.max(jax.lax.stop_gradient(x), -1, keepdims=True)
+    x = jnp.where((s == 0)[..., None] & ~jnp.isfinite(peak), 0, x)
     hidden = (s == 0) & ~jnp.isfinite(sum(per_example(jax.lax.stop_gradient(x))))
     values = per_example(jnp.where(hidden[..., None], 0, x))
     return [jnp.where(hidden, 0, value) for value in values]
