@@ -47,12 +47,17 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("questions", nargs="*", choices=(*QUESTIONS, "all", "draw"), default=[])
+    parser.add_argument(
+        "questions", nargs="*", metavar="QUESTION", help=f"{', '.join(QUESTIONS)}, all or draw"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--reps", type=int, default=9, help="turns of each timing")
     parser.add_argument("--out", type=pathlib.Path, help="where results are kept as JSON")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # Not by `choices`, which some versions of argparse check an absent list against.
+    if unknown := {*options.questions} - {*QUESTIONS, "all", "draw"}:
+        parser.error(f"{', '.join(sorted(unknown))}: there is no such question")
     if options.here:
         return run(options.questions[0], options)
     if not options.questions:
@@ -88,7 +93,7 @@ def run(name, options):
 
 
 def draw(options):
-    """The three charts of the README, from what is kept."""
+    """The charts of the README, from what is kept."""
     from . import charts
 
     charts.draw(options.out or HERE / "results")

@@ -98,7 +98,9 @@ def rows(options):
     for name, bound, sides in calls():
         row = Row({"call": name}, {})
         if options.only in row.name:
-            runs = {side: _run(function, arguments) for side, (function, arguments) in sides.items()}
+            runs = {
+                side: _run(function, arguments) for side, (function, arguments) in sides.items()
+            }
             row.values = interleaved(runs, options.reps)
             mine, other = (number(row.values[side]) for side in SIDES)
             if mine and other:

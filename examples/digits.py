@@ -9,7 +9,7 @@ its loss is exact over however many devices share it. From the repository:
     python examples/digits.py
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/digits.py
 
-prints a table and what follows from it, and draws docs/digits.png.
+prints a table and what follows from it, and draws digits.png here, or where `--out` says.
 
 Expect weights to find more of the rare digits, and smoothing to make the overconfident network
 better calibrated. Expect the two together to be the most accurate and yet to doubt themselves:
@@ -249,8 +249,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=600)
-    picture = Path(__file__).parents[1] / "docs" / "digits.png"
-    parser.add_argument("--picture", type=Path, default=picture)
+    parser.add_argument("--out", type=Path, default="digits.png", help="the picture")
     args = parser.parse_args()
 
     data = [jnp.stack(part) for part in zip(*map(split_digits, range(args.seeds)))]
@@ -264,7 +263,8 @@ def main():
     ]
     results = [run(name, loss, data, keys, args.steps) for name, loss in zip(SETTINGS, losses)]
     report(*results)
-    draw(*results, args.picture)
+    draw(*results, args.out)
+    print(f"\nThe picture is {args.out.resolve()}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ twice from the same parameters on the same batches: once through its logits, and
     python examples/language_model.py
     python examples/language_model.py --loss linear --checkpoint checkpoints --resume
 
-The first prints a table and what follows from it, and draws docs/language_model.png, in some
-three minutes on two CPU cores. The second trains one model, saves it as it goes, and continues
-after an interruption with the same batches, to the same parameters.
+The first prints a table and what follows from it, and draws language_model.png here, or where
+`--out` says, in some three minutes on two CPU cores. The second trains one model, saves it as it
+goes, and continues after an interruption with the same batches, to the same parameters.
 
 Expect the two loss curves to coincide up to rounding, and the scratch memory of a step not to.
 Expect little of the model, which sees 64 batches: how frequent a token is, and what often
@@ -274,8 +274,9 @@ def main():
     parser.add_argument("--loss", choices=("linear", "naive", "both"), default="both")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="save the training here")
     parser.add_argument("--resume", action="store_true", help="continue from --checkpoint")
-    picture = Path(__file__).parents[1] / "docs" / "language_model.png"
-    parser.add_argument("--out", type=Path, default=picture, help="the picture, of both losses")
+    parser.add_argument(
+        "--out", type=Path, default="language_model.png", help="the picture, of both losses"
+    )
     args = parser.parse_args()
     if args.resume and not args.checkpoint:
         parser.error("--resume needs --checkpoint")
@@ -293,6 +294,7 @@ def main():
     report(results)
     if args.loss == "both":
         draw(**results, path=args.out)
+        print(f"\nThe picture is {args.out.resolve()}")
 
 
 if __name__ == "__main__":

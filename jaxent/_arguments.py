@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
 
 ArrayOrList = ArrayLike | Sequence[Any]
@@ -169,6 +168,8 @@ def read_index_targets(targets: Any, ignore_index: Any, wanted: str) -> tuple[An
 
 def _read_integer(name: str, value: Any, wanted: str) -> int:
     try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
         return operator.index(value)
     except (TypeError, jax.errors.JAXTypeError):
         raise TypeError(f"{name} must be {wanted}, got {_static(name, value)}") from None
@@ -272,7 +273,8 @@ def read_weight(
     if weight is None:
         return None
     weight = _read_real("weight", weight)
-    if weight.ndim != 1 or (num_classes is not None and weight.shape != (num_classes,)):
+    fits = weight.size > 0 if num_classes is None else weight.shape == (num_classes,)
+    if weight.ndim != 1 or not fits:
         length = "C" if num_classes is None else num_classes
         hint = ""
         if per_example is not None and weight.ndim and weight.shape == per_example:
@@ -408,6 +410,8 @@ def read_dtype(dtype: Any) -> Any:
     if dtype is None:
         return None
     try:
+        if isinstance(dtype, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError
         read = jnp.dtype(dtype)
         wide_enough = jnp.issubdtype(read, jnp.floating) and jnp.finfo(read).bits >= 16
     except (TypeError, ValueError):

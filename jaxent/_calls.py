@@ -44,7 +44,7 @@ OTHERS_NAMES = {
 }
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[..., R]) -> Callable[..., R]:
     """One program for each first argument, which is static; part of the program around it.
 
     Eagerly, a second call like the first is a look-up.
@@ -84,13 +84,16 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
         hints = [
             f"{k} is called {_ours(k, signature)} here" for k in unknown if _ours(k, signature)
         ]
-        positional = [k for k, p in signature.parameters.items() if p.kind != p.KEYWORD_ONLY]
-        if len(args) > len(positional):
+        kinds = {k: p.kind for k, p in signature.parameters.items() if k != "self"}
+        positional = [
+            k for k, kind in kinds.items() if kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ]
+        if len(args) > len(positional) + ("self" in signature.parameters):
             hints.append(
                 f"only {', '.join(positional)} are taken by position, and the rest by name "
                 "(weight=..., reduction=...)"
             )
-        hint = "; ".join(hints) or f"its arguments are {', '.join(signature.parameters)}"
+        hint = "; ".join(hints) or f"its arguments are {', '.join(kinds)}"
         return f"{name}: {error}; {hint}"
     return None
 

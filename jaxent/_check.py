@@ -1,7 +1,5 @@
 """check_targets: which target is out of range, and where."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -55,7 +55,7 @@ class Fixed(NamedTuple):
     """What is not differentiated."""
 
     exists: Array | None = None  # bool, (1, C) or (N, C); None where all classes exist
-    index: Array | None = None  # int32, (N, 1), < 0 for none; None for no class indices
+    target: Array | None = None  # int32, (N, 1), < 0 for none; None for no class indices
     uncounted: Any = False  # bool, (N, 1)
     softcap: Any = None
 
@@ -115,7 +115,7 @@ def read_chunk(plan, head, fixed, i):
     fresh = None
     if num_classes % plan.chunk:
         fresh = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
-    index = fixed.index
+    index = fixed.target
     if index is not None:
         index = jnp.where(index >= i * plan.chunk, index - start, -1)
     return Chunk(Head(head.hidden, kernel, bias, mass), exists, fresh, index, start)

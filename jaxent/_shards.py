@@ -41,7 +41,8 @@ def whole_rows(
     """
     if not names:
         return shift, sums
-    top, change = None, 0.0
+    top: Any = None
+    change: Any = 0.0
     if shift is not None:
         top = jax.lax.pmax(jax.lax.stop_gradient(shift), names)
         change = shift - top

@@ -10,9 +10,9 @@ target mass over classes:
     target_sum = sum_c q_c * (z_c - s)
 
 Cross-entropy is `log(total) - picked` for a class index, and for a mass
-`mass_sum * log(total) - target_sum`; the entropy is `log(total) - moment / total`. All are relative to the shift, the row's maximum, so
-nothing is lost where logits are large. The shift is a constant to differentiation:
-cross-entropy does not depend on it.
+`mass_sum * log(total) - target_sum`; the entropy is `log(total) - moment / total`. All are
+relative to the shift, the row's maximum, so nothing is lost where logits are large. The shift is
+a constant to differentiation: cross-entropy does not depend on it.
 
 Gradients are written by hand so that the logits are kept as they came (bfloat16 stays
 bfloat16) and rounded to once, and so that a row which the loss does not count gets
@@ -143,7 +143,9 @@ def _product_tangent(q, centred, dq, d_centred):
 
 @jax.custom_jvp
 def _scaled(d_total, exps):
-    """`d_total * exps`, 0 where that is 0 * NaN, of a poisoned d_total, which is not 0 only where all exps are finite.
+    """`d_total * exps`, 0 where that is 0 * NaN.
+
+    A poisoned d_total is not 0 only where all exps are finite.
 
     Said so, it is short enough for XLA's CPU compiler to vectorize ten classes of bfloat16, in a
     quarter of the time (jax 0.10.2).
@@ -337,7 +339,7 @@ def _fresh(axis, softcap, x, mass):
 
 
 def poison(lost: Any, d_sums: RowSums) -> RowSums:
-    """Cotangents of the sums, NaN for a row that is counted and lost: its total has no logarithm."""
+    """Cotangents of the sums, NaN for a counted row that is lost: its total has no logarithm."""
     if lost is None:
         return d_sums
     lost &= d_sums.total != 0

@@ -61,7 +61,7 @@ def _pack(shift, sums, best):
 def _unpack(plan, head, fixed, packed):
     mass = None if head.mass is None else 0
     moment = 0 if plan.stats else None
-    asked = RowSums(0, moment, None if fixed.index is None else 0, mass, mass)
+    asked = RowSums(0, moment, None if fixed.target is None else 0, mass, mass)
     structure = jax.tree.structure((0, asked))
     return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[-1], -1))
 
@@ -102,7 +102,7 @@ def streamed_sums(plan, head, fixed):
 
 
 def sums_pass(plan, head, fixed, keep=False):
-    index = fixed.index
+    index = fixed.target
     dtype = compute_dtype(plan)
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
 
@@ -168,7 +168,7 @@ def _sums_jvp(plan, primals, tangents):
         parts = {"total": exps}
         if plan.stats:
             parts["moment"] = product(exps, centred)
-        if fixed.index is not None:
+        if fixed.target is not None:
             here = (chunk.index >= 0) & (chunk.index < plan.chunk)
             parts["picked"] = jnp.where(here, pick((centred,), chunk.index, -1), 0)
         if head.mass is not None:

@@ -24,7 +24,7 @@ from ._arguments import (
 )
 from ._axes import Names, local_index, num_shards, psum
 from ._classes import along, pick
-from ._numerics import blank_uncounted, compute_dtype, nan_where, times
+from ._numerics import blank_uncounted, nan_where
 
 
 class Given(NamedTuple):

@@ -32,6 +32,7 @@ from ._numerics import compute_dtype
 from ._softmax import RowSums, has_log, poison
 from ._streaming import head_sums, streamed_sums, sums_pass
 
+
 def head_total(
     plan: Plan,
     terms: Callable[[Any, Array, RowSums], Array],

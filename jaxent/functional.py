@@ -93,11 +93,11 @@ def log_softmax(
       >>> jaxent.log_softmax(jnp.zeros(4)) / jnp.log(2)
       Array([-2., -2., -2., -2.], dtype=float32)
     """
-    logits = read_logits(logits, "logits")
-    axis = read_axis(axis, logits.ndim, "logits")
-    class_mask = read_class_mask(class_mask, logits.shape, axis, "logits")
-    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
-    return _log_softmax(Options(axis=axis, classes=classes), logits, class_mask)
+    x = read_logits(logits, "logits")
+    axis = read_axis(axis, x.ndim, "logits")
+    exists = read_class_mask(class_mask, x.shape, axis, "logits")
+    (classes,) = read_axis_names(x, class_axis_name=class_axis_name)
+    return _log_softmax(Options(axis=axis, classes=classes), x, exists)
 
 
 @compiled
@@ -157,22 +157,20 @@ def nll(
       Array([0.6931472 , 0.22314353], dtype=float32)
     """
     check_reduction(reduction)
-    log_probs = read_logits(log_probs, "log_probs", targets)
-    targets, ignored = read_targets(targets, ignore_index)
-    axis = read_class_axis(axis, log_probs, targets, "log_probs")
+    x = read_logits(log_probs, "log_probs", targets)
+    y, ignored = read_targets(targets, ignore_index)
+    axis = read_class_axis(axis, x, y, "log_probs")
     given = read_given(
         "log_probs",
-        log_probs.shape,
+        x.shape,
         axis,
-        targets,
+        y,
         ignored,
         weight=weight,
         sample_weight=sample_weight,
     )
-    examples, classes = read_axis_names(
-        log_probs, axis_name=axis_name, class_axis_name=class_axis_name
-    )
-    return _nll(Options(axis, reduction, examples, classes), log_probs, given)
+    examples, classes = read_axis_names(x, axis_name=axis_name, class_axis_name=class_axis_name)
+    return _nll(Options(axis, reduction, examples, classes), x, given)
 
 
 @compiled
@@ -268,14 +266,14 @@ def cross_entropy(
       2024 (soft-capping).
     """
     check_reduction(reduction)
-    logits = read_logits(logits, "logits", targets)
-    targets, ignored = read_targets(targets, ignore_index)
-    axis = read_class_axis(axis, logits, targets, "logits")
+    x = read_logits(logits, "logits", targets)
+    y, ignored = read_targets(targets, ignore_index)
+    axis = read_class_axis(axis, x, y, "logits")
     given = read_given(
         "logits",
-        logits.shape,
+        x.shape,
         axis,
-        targets,
+        y,
         ignored,
         weight=weight,
         label_smoothing=label_smoothing,
@@ -284,10 +282,8 @@ def cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
     )
-    examples, classes = read_axis_names(
-        logits, axis_name=axis_name, class_axis_name=class_axis_name
-    )
-    return _cross_entropy(Options(axis, reduction, examples, classes), logits, given)
+    examples, classes = read_axis_names(x, axis_name=axis_name, class_axis_name=class_axis_name)
+    return _cross_entropy(Options(axis, reduction, examples, classes), x, given)
 
 
 @compiled
@@ -304,9 +300,7 @@ def rows_of_logits(
     shift and sums of all of them."""
     rows = make_rows(axis, logits.shape, compute_dtype(logits), given, classes)
     shift = row_max(axis, given.softcap, logits, rows.exists, rows.uncounted)
-    sums = row_sums(
-        axis, given.softcap, logits, shift, rows.exists, rows.here, rows.mass, moment
-    )
+    sums = row_sums(axis, given.softcap, logits, shift, rows.exists, rows.here, rows.mass, moment)
     top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.uncounted, classes)
     return rows, shift, top, sums
 
@@ -336,7 +330,7 @@ def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowS
 
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
     # would be 0 * inf.
-    log_sum = 0
+    log_sum: Any = 0
     if sums.total is not None:
         shift, sums = hide(rows.uncounted & ~has_log(sums.total), shift, sums)
         log_sum = log(sums.total)
@@ -389,21 +383,19 @@ def total_weight(
       >>> jaxent.total_weight(jnp.array([0, 2, -100]), weight=[1.0, 1.0, 0.5])
       Array(1.5, dtype=float32)
     """
-    targets, ignored = read_index_targets(
+    y, ignored = read_index_targets(
         targets,
         ignore_index,
         "total_weight counts class indices; for class probabilities the mean divides by the sum "
         "of sample weights",
     )
     given = Given(
-        targets=targets,
+        targets=y,
         weight=read_weight(weight, None),
         ignore_index=ignored,
-        sample_weight=read_sample_weight(sample_weight, targets.shape),
+        sample_weight=read_sample_weight(sample_weight, y.shape),
     )
-    examples, classes = read_axis_names(
-        targets, axis_name=axis_name, class_axis_name=class_axis_name
-    )
+    examples, classes = read_axis_names(y, axis_name=axis_name, class_axis_name=class_axis_name)
     return _total_weight(Options(examples=examples, classes=classes), given)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ._arguments import ArrayOrList, read_class_mask
+from ._arguments import ArrayOrList, describe, read_class_mask
 from ._numerics import compute_dtype
 from ._softmax import cap
 from ._targets import class_table
@@ -57,9 +57,10 @@ class LinearHead(nnx.Linear):
         super().__init__(in_features, out_features, rngs=rngs, **keywords)
         criterion = LinearCrossEntropyLoss() if criterion is None else criterion
         if not isinstance(criterion, LinearCrossEntropyLoss) or criterion.class_axis not in (-1, 1):
+            ours = isinstance(criterion, LinearCrossEntropyLoss)
             raise ValueError(
                 "criterion must be a jaxent.LinearCrossEntropyLoss with class_axis=-1, the axis "
-                f"of classes in an nnx.Linear, got {criterion!r}"
+                f"of classes in an nnx.Linear, got {criterion if ours else describe(criterion)}"
             )
         self.criterion = criterion
 

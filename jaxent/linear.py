@@ -157,7 +157,7 @@ def linear_cross_entropy(
       "Liger Kernel", 2024 (gradients in the forward pass).
     """
     check_reduction(reduction)
-    plan, layout, hidden, kernel, bias, given = read_head(
+    plan, layout, h, k, b, given = read_head(
         hidden,
         kernel,
         targets,
@@ -177,9 +177,9 @@ def linear_cross_entropy(
         z_loss=z_loss,
         softcap=softcap,
     )
-    if reduction != "none" and _made_forward(plan, hidden, kernel, layout):
+    if reduction != "none" and _made_forward(plan, h, k, layout):
         plan = dataclasses.replace(plan, made_forward=True, block=BLOCK)
-    return _linear_cross_entropy((plan, layout, reduction), hidden, kernel, bias, given)
+    return _linear_cross_entropy((plan, layout, reduction), h, k, b, given)
 
 
 def _made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
@@ -216,10 +216,10 @@ def rows_of_head(
         others, fixed = jax.tree.map(_in_a_row, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         num_classes, names = kernel.shape[plan.class_axis], layout.classes
-        index, here = fixed.index, None
+        index, here = fixed.target, None
         if index is not None:
             here = local_index(index, num_classes, names)
-        shift, sums, best = head_sums(fitted, head, fixed._replace(index=here))
+        shift, sums, best = head_sums(fitted, head, fixed._replace(target=here))
         top, sums = whole_rows(shift, sums, index, here, fixed.uncounted, names)
         if best is not None:
             best = whole_best(shift, top, best, num_classes, names)

@@ -270,6 +270,7 @@ def linear_token_stats(
 ) -> TokenStats:
     """token_stats(hidden @ kernel + bias); over which axes tokens are split is all the same."""
     read_index_targets(targets, ignore_index, WANTED)
+    read_axis_names(axis_name=axis_name)
     logits = _logits(
         hidden,
         kernel,

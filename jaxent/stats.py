@@ -84,14 +84,12 @@ def token_stats(
       >>> stats.entropy / jnp.log(2), stats.correct
       (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
     """
-    logits = read_logits(logits, "logits", targets)
-    targets, ignored = read_index_targets(targets, ignore_index, WANTED)
-    axis = read_class_axis(axis, logits, targets, "logits")
-    given = read_given(
-        "logits", logits.shape, axis, targets, ignored, class_mask=class_mask, softcap=softcap
-    )
-    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
-    return _token_stats(Options(axis=axis, classes=classes), logits, given)
+    x = read_logits(logits, "logits", targets)
+    y, ignored = read_index_targets(targets, ignore_index, WANTED)
+    axis = read_class_axis(axis, x, y, "logits")
+    given = read_given("logits", x.shape, axis, y, ignored, class_mask=class_mask, softcap=softcap)
+    (classes,) = read_axis_names(x, class_axis_name=class_axis_name)
+    return _token_stats(Options(axis=axis, classes=classes), x, given)
 
 
 @compiled

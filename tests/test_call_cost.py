@@ -226,8 +226,12 @@ def test_a_second_process_finds_the_program_in_the_compilation_cache(tmp_path):
 
 
 SYMBOLIC = {
-    "cross_entropy": (lambda x, y: jaxent.cross_entropy(x, y, **OPTIONS["every option"] | {
-        "sample_weight": None}), 6),
+    "cross_entropy": (
+        lambda x, y: jaxent.cross_entropy(
+            x, y, **OPTIONS["every option"] | {"sample_weight": None}
+        ),
+        6,
+    ),
     "nll": (jaxent.nll, 6),
     "log_softmax": (lambda x, y: jaxent.log_softmax(x), 6),
     "token_stats": (lambda x, y: jaxent.token_stats(x, y).entropy, 6),

@@ -113,8 +113,10 @@ def functions():
 
         yield f"a bias of minus infinity, {forward}", with_bias, head(X)
     weights = {"sample_weight": np.array([1, 0, 1], "float32"), "weight": EVERYTHING["weight"]}
-    yield "total_weight", lambda s: jaxent.total_weight(Y, **weights | {"sample_weight": s}), (
-        weights["sample_weight"],
+    yield (
+        "total_weight",
+        lambda s: jaxent.total_weight(Y, **weights | {"sample_weight": s}),
+        (weights["sample_weight"],),
     )
     loss = jaxent.CrossEntropyLoss(weight=EVERYTHING["weight"], label_smoothing=0.1)
     yield "CrossEntropyLoss", lambda x: loss(x, Y), (np.maximum(X, -9),)
