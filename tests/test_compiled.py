@@ -15,9 +15,6 @@ import pytest
 
 import jaxent
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="XLA fuses less before jax 0.10: a loss holds its logits"
-)
 N, C = 256, 4096
 OPTIONS = {
     "plain": {},

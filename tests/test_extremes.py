@@ -198,6 +198,67 @@ def test_nan_in_an_uncounted_row_reaches_nothing(module, how, bad, options):
     assert np.all(np.isfinite(by_weight))
 
 
+QUIET = {
+    "a class weight of 0": (np.array([0, 1]), {"weight": np.array([0, 1], "float32")}),
+    "no target mass": (np.array([[0, 0], [0, 1]], "float32"), {}),
+    "probabilities of a class of weight 0": (
+        np.array([[1, 0], [0, 1]], "float32"),
+        {"weight": np.array([0, 1], "float32")},
+    ),
+    "smoothing of weights 0": (
+        np.array([0, 1]),
+        {"weight": np.array([0, 0], "float32"), "label_smoothing": 0.1},
+    ),
+    "traced smoothing": (
+        np.array([0, 1]),
+        {"weight": np.array([0, 1], "float32"), "label_smoothing": jnp.float32(0.0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", QUIET)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_nan_in_a_counted_row_shows_where_its_loss_has_no_weight(kind, reduction):
+    targets, keywords = QUIET[kind]
+    keywords = keywords | {"reduction": reduction}
+    for bad in ([NAN, 0], [NAN, NAN]):
+        logits = np.array([bad, [0.0, 1.0]], "float32")
+        if reduction == "mean" and kind == "smoothing of weights 0":
+            continue
+        for module in (jaxent, reference):
+            losses = np.asarray(module.cross_entropy(logits, targets, **keywords))
+            assert np.isnan(losses.ravel()[0]), module
+            assert reduction != "none" or np.isfinite(losses[1]), module
+            eye = np.eye(2, dtype="float32")
+            losses = np.asarray(module.linear_cross_entropy(logits, eye, targets, **keywords))
+            assert np.isnan(losses.ravel()[0]), module
+        uncounted = jaxent.cross_entropy(
+            logits, targets, sample_weight=np.array([0, 1], "float32"), **keywords
+        )
+        assert np.all(np.isfinite(uncounted))
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_nan_log_probabilities_show_where_they_are_read(module):
+    log_probs, weight = np.array([[NAN, -1.0]], "float32"), np.array([0, 1], "float32")
+    assert np.isnan(module.nll(log_probs, np.array([0]), weight=weight, reduction="sum"))
+    assert np.isnan(module.nll(log_probs, np.array([[0, 1]], "float32")))
+    assert module.nll(log_probs, np.array([1])) == 1  # an index reads its own class alone
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+@pytest.mark.parametrize(("shape", "axis"), [((0,), -1), ((10, 0), 1), ((0, 10), 0), ((0, 3), 1)])
+def test_log_softmax_of_no_classes_or_rows_is_empty(module, shape, axis):
+    for dtype in ("float32", "bfloat16"):
+        x = jnp.zeros(shape, dtype)
+        found = jax.jit(lambda x: module.log_softmax(x, axis))(x)
+        assert found.shape == shape and found.dtype == dtype
+        gradient = jax.grad(lambda x: module.log_softmax(x, axis).astype("float32").sum())(x)
+        assert gradient.shape == shape
+    mask = jnp.ones(shape[axis], bool)
+    assert module.log_softmax(jnp.zeros(shape), axis, class_mask=mask).shape == shape
+
+
 def test_nan_probability_targets_of_weight_zero_reach_nothing():
     targets = np.array([[NAN, NAN], [0.5, 0.5]], "float32")
     logits = np.array([[NAN, 1], [1, 2]], "float32")
@@ -315,12 +376,6 @@ def test_narrow_targets_neither_wrap_nor_alias(dtype):
         assert np.all(np.isnan(aliased) if limits.max > 300 else aliased > 0)
 
 
-def test_ignore_index_that_the_dtype_cannot_hold_ignores_nothing():
-    logits, targets = jnp.zeros((2, 3)), np.array([0, 44], "int8")
-    losses = jaxent.cross_entropy(logits, targets, ignore_index=300, reduction="none")
-    np.testing.assert_array_equal(np.isnan(losses), [False, True])
-
-
 def test_int64_targets_beyond_32_bits_are_out_of_range():
     with jax.enable_x64(True):
         targets = jnp.array([2**32, 1, -(2**32)])
@@ -340,21 +395,27 @@ def test_ignore_index_none_counts_minus_100():
     assert np.isnan(loss)
 
 
-@pytest.mark.parametrize("function", [jaxent.cross_entropy, jaxent.nll])
-def test_checkify_names_the_index_and_the_number_of_classes(function):
-    def loss(logits, targets):
-        return function(logits, targets)
-
-    checked = jax.jit(checkify.checkify(loss, errors=checkify.user_checks))
-    error, _ = checked(jnp.zeros((2, 10)), jnp.array([3, 17]))
-    with pytest.raises(checkify.JaxRuntimeError, match=r"target 17 is outside \[0, 10\)"):
-        error.throw()
-    error, _ = checked(jnp.zeros((2, 10)), jnp.array([3, -7]))
-    with pytest.raises(checkify.JaxRuntimeError, match=r"target -7 is outside \[0, 10\)"):
-        error.throw()
-    error, loss = checked(jnp.zeros((2, 10)), jnp.array([3, -100]))
+@pytest.mark.parametrize(
+    "function",
+    [
+        jaxent.cross_entropy,
+        jaxent.nll,
+        lambda x, y: jaxent.token_stats(x, y).log_prob,
+        lambda x, y: jaxent.cross_entropy(x, y, label_smoothing=0.1, z_loss=0.1),
+        lambda x, y: jaxent.linear_cross_entropy(x, jnp.eye(10), y),
+    ],
+    ids=["cross_entropy", "nll", "token_stats", "options", "linear_cross_entropy"],
+)
+def test_checkifys_nan_checks_find_a_bad_target_and_nothing_else(function):
+    checked = jax.jit(checkify.checkify(function, errors=checkify.nan_checks))
+    logits = jnp.zeros((2, 10)).at[0, 1].set(-1e30)
+    for bad in (17, -7):
+        error, _ = checked(logits, jnp.array([3, bad]))
+        with pytest.raises(checkify.JaxRuntimeError, match="nan"):
+            error.throw()
+    error, loss = checked(logits, jnp.array([3, -100]))
     error.throw()
-    assert np.isfinite(loss)
+    assert np.all(np.isfinite(loss))
 
 
 # Nothing to average, one class, and traced numbers out of range

@@ -396,3 +396,93 @@ def test_class_mask_of_one_row_is_that_of_all(call):
         np.testing.assert_array_equal(loss, expected[0])
         for name in grads:
             assert_close(grads[name], expected[1][name], 8)
+
+
+MASKS = {
+    "a token without any class": ([[1, 1, 1, 0], [0, 0, 0, 0]], [0, 1], {}),
+    "an ignored token": ([[1, 1, 1, 0], [1, 1, 1, 1]], [0, -100], {}),
+    "a token of weight 0": ([[1, 1, 1, 0], [1, 1, 1, 1]], [0, 1], {"sample_weight": [1.0, 0.0]}),
+    "no token at all": (None, [-100, -100], {}),
+    "an excluded class of one row": ([[1, 1, 1, 0]], [0, 1], {}),
+}
+
+
+@forms
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_class_that_no_counted_token_has_may_be_nan(made_forward, kind, dtype, chunk_size):
+    mask, targets, keywords = MASKS[kind]
+    mask = None if mask is None else jnp.array(mask, bool)
+    hidden = jnp.array([[1.0, 2, 3], [0.5, 1, -1]], dtype)
+    kernel = jnp.linspace(-1, 1, 12, dtype=dtype).reshape(3, 4)
+
+    def run(kernel, bias):
+        def loss(hidden, kernel, bias):
+            return jaxent.linear_cross_entropy(
+                hidden,
+                kernel,
+                jnp.array(targets),
+                bias=bias,
+                class_mask=mask,
+                chunk_size=chunk_size,
+                **keywords,
+            )
+
+        with gradients_in_the_forward_pass(made_forward):
+            return jax.value_and_grad(loss, (0, 1, 2))(hidden, kernel, bias)
+
+    bias = jnp.zeros(4)
+    expected = run(kernel, bias)
+    for bad in (jnp.nan, jnp.inf):
+        found = run(kernel.at[:, 3].set(bad), bias.at[3].set(bad))
+        np.testing.assert_array_equal(found[0], expected[0])
+        for gradient, wanted in zip(found[1], expected[1]):
+            np.testing.assert_array_equal(
+                gradient.astype("float32"), wanted.astype("float32"), err_msg=str(bad)
+            )
+
+
+def test_no_number_of_a_class_goes_through_a_float():
+    classes = 2**24 + 4
+    kernel = jnp.zeros((1, classes), jnp.bfloat16).at[0, 2**24 + 1].set(1)
+    targets = jnp.array([2**24 + 1, 2**24 + 2])
+    stats = jaxent.linear_token_stats(jnp.ones((2, 1), jnp.bfloat16), kernel, targets)
+    np.testing.assert_array_equal(stats.prediction, [2**24 + 1] * 2)
+    np.testing.assert_array_equal(stats.correct, [True, False])
+    dense = jaxent.token_stats(kernel.astype("float32"), targets[:1])
+    np.testing.assert_array_equal(dense.prediction, [2**24 + 1])
+
+
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
+def test_predictions_under_vmap_leave_gradients_alone(mapped):
+    hidden, kernel, targets = problem(5, 3, 7)
+    many = [jnp.stack([x, x[::-1]]) if m == 0 else x for x, m in zip((hidden, kernel, targets), mapped)]
+
+    def total(function):
+        def of(hidden, kernel):
+            run = lambda h, k, y: sum(map(jnp.sum, function(h, k, y)[:4]))  # noqa: E731
+            return jnp.sum(jax.vmap(run, mapped)(hidden, kernel, many[2]))
+
+        return jax.grad(of, (0, 1))(*many[:2])
+
+    actual, expected = map(total, (jaxent.linear_token_stats, reference.linear_token_stats))
+    jax.tree.map(lambda a, b: assert_close(a, b, 64), actual, expected)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_a_head_without_width_is_refused(module):
+    with pytest.raises(ValueError, match="the hidden states have no features, D is 0"):
+        module.linear_cross_entropy(jnp.zeros((3, 0)), jnp.zeros((0, 5)), jnp.zeros(3, int))
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_float8_operands_are_refused_by_name(module, dtype):
+    hidden, kernel, targets = problem(3, 4, 5)
+    for operands in ((hidden.astype(dtype), kernel), (hidden, kernel.astype(dtype))):
+        for function in (module.linear_cross_entropy, module.linear_token_stats):
+            with pytest.raises(TypeError, match=r"pass (hidden|kernel)\.astype"):
+                function(*operands, targets)
+    with pytest.raises(TypeError, match="dtype must be a float type of 16 bits or more"):
+        module.linear_cross_entropy(hidden, kernel, targets, dtype=dtype)

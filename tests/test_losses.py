@@ -290,16 +290,90 @@ def test_scan_runs_over_stacked_losses():
     assert_close(values, jnp.stack(expected))
 
 
-def test_grad_with_respect_to_a_loss_is_a_loss_that_holds_gradients():
-    def of_arrays(weight, smoothing):
-        return jaxent.cross_entropy(LOGITS, LABELS, weight=weight, label_smoothing=smoothing)
+ARRAYS = {
+    "weight": WEIGHT,
+    "label_smoothing": jnp.float32(0.1),
+    "z_loss": jnp.float32(0.2),
+}
 
-    loss = jaxent.CrossEntropyLoss(weight=WEIGHT, label_smoothing=jnp.float32(0.1))
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_a_loss_are_constants_to_differentiation(name):
+    loss = jaxent.CrossEntropyLoss(**{name: ARRAYS[name]})
     gradient = jax.jit(jax.grad(lambda loss: loss(LOGITS, LABELS)))(loss)
-    expected = jax.jit(jax.grad(of_arrays, argnums=(0, 1)))(jnp.asarray(WEIGHT), jnp.float32(0.1))
-    assert_close(gradient.weight, expected[0])
-    assert_close(gradient.label_smoothing, expected[1])
-    assert np.all(expected[0] != 0) and expected[1] != 0
+    np.testing.assert_array_equal(getattr(gradient, name), 0 * ARRAYS[name])
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_given_to_the_call_is_differentiated(name):
+    def by_object(value):
+        return jaxent.CrossEntropyLoss(**ARRAYS)(LOGITS, LABELS, **{name: value})
+
+    def by_function(value):
+        return jaxent.cross_entropy(LOGITS, LABELS, **(ARRAYS | {name: value}))
+
+    actual, expected = (
+        jax.jit(jax.grad(f))(jnp.asarray(ARRAYS[name])) for f in (by_object, by_function)
+    )
+    assert_close(actual, expected)
+    assert np.all(expected != 0)
+
+
+def test_no_optimizer_of_a_model_trains_the_class_weights():
+    eqx, optax = pytest.importorskip("equinox"), pytest.importorskip("optax")
+
+    class Model(eqx.Module):
+        linear: eqx.nn.Linear
+        loss: jaxent.CrossEntropyLoss
+
+    model = Model(eqx.nn.Linear(3, 3, key=jax.random.key(1)), configured())
+    optimizer = optax.adam(1e-2)
+    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+    gradients = eqx.filter_grad(lambda m: m.loss(jax.vmap(m.linear)(LOGITS), LABELS))(model)
+    updates, _ = optimizer.update(gradients, state, eqx.filter(model, eqx.is_inexact_array))
+    trained = eqx.apply_updates(model, updates)
+    np.testing.assert_array_equal(trained.loss.weight, WEIGHT)
+    np.testing.assert_array_equal(trained.loss.label_smoothing, np.float32(0.1))
+    assert np.any(trained.linear.weight != model.linear.weight)
+
+
+def test_equal_configurations_without_arrays_are_equal_and_hash_alike():
+    kinds = jaxent.CrossEntropyLoss, jaxent.NLLLoss, jaxent.LinearCrossEntropyLoss
+    for kind in kinds:
+        one, same, other = kind(axis_name="i"), kind(axis_name="i"), kind(reduction="sum")
+        assert one == same and hash(one) == hash(same)
+        assert one != other and len({one, same, other}) == 2
+        assert one == copy.deepcopy(one) == pickle.loads(pickle.dumps(one))
+    assert len({kind() for kind in kinds}) == 3
+    assert kinds[0]() != kinds[1]() and kinds[0]() != None  # noqa: E711
+
+
+def test_a_loss_with_arrays_equals_itself_alone():
+    one, same = configured(), configured()
+    assert one == one and one != same and len({one, same}) == 2
+
+
+def test_attributes_are_set_as_they_are_constructed():
+    loss = jaxent.CrossEntropyLoss()
+    loss.weight = [1.0, 2.0, 0.5]
+    loss.label_smoothing = jnp.float32(0.1)
+    loss.softcap = 30
+    loss.class_mask = [True] * 3
+    assert repr(loss) == repr(configured())
+    assert_close(loss(LOGITS, LABELS), expected_of_configured())
+    assert len(jax.tree.leaves(loss)) == 3
+    assert_close(nnx.merge(*nnx.split(loss))(LOGITS, LABELS), expected_of_configured())
+    loss.weight, loss.label_smoothing, loss.class_mask = None, 0.1, None
+    assert not jax.tree.leaves(loss)
+    assert loss == jaxent.CrossEntropyLoss(label_smoothing=0.1, softcap=30.0)
+
+
+def test_attributes_are_set_in_a_model_too():
+    model = Classifier(jaxent.CrossEntropyLoss(), nnx.Rngs(0))
+    model.loss.weight = WEIGHT
+    call = nnx.jit(lambda model: model(LOGITS, LABELS))
+    expected = jaxent.cross_entropy(model.dense(LOGITS), LABELS, weight=WEIGHT)
+    assert_close(call(model), expected)
 
 
 def test_loss_is_made_inside_jit_from_tracers():
