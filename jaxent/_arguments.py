@@ -166,13 +166,13 @@ def read_index_targets(targets: Any, ignore_index: Any, wanted: str) -> tuple[An
     return targets, ignored
 
 
-def _read_integer(name: str, value: Any, wanted: str) -> int:
+def _read_integer(name: str, value: Any, wanted: str, hint: str = "") -> int:
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         return operator.index(value)
     except (TypeError, jax.errors.JAXTypeError):
-        raise TypeError(f"{name} must be {wanted}, got {_static(name, value)}") from None
+        raise TypeError(f"{name} must be {wanted}, got {_static(name, value)}{hint}") from None
 
 
 def _static(name: str, value: Any) -> str:
@@ -306,8 +306,8 @@ def read_sample_weight(sample_weight: Any, shape: tuple[int, ...]) -> Any:
 def read_ignore_index(ignore_index: Any) -> int | None:
     if ignore_index is None:
         return None
-    wanted = "a Python integer or None (for a mask that is computed, pass sample_weight)"
-    return _read_integer("ignore_index", ignore_index, wanted)
+    hint = "; for a mask that is computed, pass sample_weight"
+    return _read_integer("ignore_index", ignore_index, "a Python integer or None", hint)
 
 
 def read_label_smoothing(label_smoothing: Any) -> Any:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._axes import zeros_like
+
 
 def along(axis: int, ndim: int, values: Array) -> Array:
     """(C,) laid along `axis` of `ndim` dimensions: (1, C, 1, ...)."""
@@ -70,7 +72,7 @@ def _class_numbers(x, axis):
     is compared with them is whole on each device, or gathered (jax 0.10.2 for TPUs)."""
     numbers = along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=jnp.int32))
     spec = jax.typeof(x).sharding.spec
-    return numbers + jnp.zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
+    return numbers + zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
 
 
 def first_best(scores: Array, axis: int) -> Array:

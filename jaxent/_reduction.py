@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._axes import Names, psum
+from ._axes import Names, psum, zeros_like
 
 
 def total(values: ArrayLike, examples: Names) -> Array:
@@ -29,6 +29,6 @@ def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
 
 def _totals(terms, examples):
     """Stacked: else XLA's CPU compiler makes a kernel of each (jax 0.10.2), and of some parts."""
-    alike = [term + jnp.zeros_like(terms[0]) for term in terms]  # in their sharding, too
+    alike = [term + zeros_like(terms[0]) for term in terms]  # in their sharding, too
     stacked = jnp.stack(alike)
     return psum(jnp.sum(stacked, tuple(range(1, stacked.ndim))), examples)

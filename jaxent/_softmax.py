@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import meshes, vary_alike, vary_like
+from ._axes import meshes, vary_alike, vary_like, zeros_like
 from ._classes import one_hot, pick
 from ._numerics import blank_uncounted, compute_dtype, nan_where, times, unless_zero
 
@@ -353,7 +353,7 @@ def row_gradients(
     d_total, d_moment, d_picked, d_mass_sum, d_target_sum = cotangents
     centred = _centre(softcap, x, shift, exists)
     # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
-    d_centred: Any = jnp.zeros_like(centred) if shift is None else 0
+    d_centred: Any = zeros_like(centred) if shift is None else 0
     d_q = None
     if shift is not None:
         exps = _exponentials(x, softcap, shift, exists)
@@ -382,7 +382,7 @@ def _unpack(axis, asked, sums):
 @jax.custom_jvp
 def unless_lost(q, centred):
     """q, of the rows' shape; without derivative where no mass meets an infinite loss."""
-    return q.astype(centred.dtype) + jnp.zeros_like(centred)  # which has the sharding, too
+    return q.astype(centred.dtype) + zeros_like(centred)  # which has the sharding, too
 
 
 @unless_lost.defjvp

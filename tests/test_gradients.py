@@ -246,7 +246,7 @@ def test_reference_has_forward_mode_which_the_primitive_refuses(name):
     plain, fast = getattr(reference, name), getattr(jaxent, name)
     forward = jax.jacfwd(plain)(logits, *arguments)
     assert_close(forward, jax.jacrev(fast)(logits, *arguments), 8)
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(TypeError, match=rf"take jaxent\.reference\.{name}"):
         jax.jacfwd(fast)(logits, *arguments)
 
 

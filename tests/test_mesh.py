@@ -492,7 +492,7 @@ def test_sums_of_what_only_some_of_the_names_split():
     targets, weight = jax.nn.softmax(-logits), jnp.linspace(0.5, 2, 8)
 
     def loss(logits, targets, weight, **names):
-        return jaxent.cross_entropy(logits, targets, axis=-1, sample_weight=weight, **names)
+        return jaxent.cross_entropy(logits, targets, axis=-1, sample_weight=weight[None], **names)
 
     mapped = jax.shard_map(
         functools.partial(loss, axis_name=("data", "model")),
