@@ -26,11 +26,7 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
     """
 
     def gather(arrays, index):
-        index = jnp.maximum(index, 0)
-
         def take(values):
-            if values.size == values.shape[axis]:
-                return jnp.take(values.ravel(), index, mode="clip")
             return (_take_bits if values.dtype.itemsize == 2 else _take)(axis, values, index)
 
         return function(*(None if values is None else take(values) for values in arrays))
@@ -46,7 +42,15 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
 
 
 def _take(axis, values, index):
-    return jnp.take_along_axis(values, index, axis, mode="clip")
+    """`jnp.take_along_axis`, and of a table's value for each index; clipped to the classes."""
+    axis %= values.ndim
+    if values.size == values.shape[axis]:
+        values, axis, batch = values.ravel(), 0, ()
+    else:
+        batch = tuple(i for i in range(values.ndim) if i != axis)
+    dimensions = jax.lax.GatherDimensionNumbers((), (axis,), (axis,), batch, batch)
+    one = (1,) * values.ndim
+    return jax.lax.gather(values, index[..., None], dimensions, one, mode="clip")
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -13,6 +13,7 @@ NaN on the way, which `jax_debug_nans` would report.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -38,9 +39,9 @@ def blank_uncounted(weight: Any, value: Any) -> Array:
 
 
 def nan_where(condition: Any, dtype: Any) -> Array:
-    """NaN where the condition holds, else 0, to be added.
+    """NaN where the condition holds, else 0, to be added: the root of -1 or 0.
 
     There is no literal NaN in it: with jit off, `jax_debug_nans` judges each operation, and a
     select that does not take its NaN would be reported as one that does.
     """
-    return jnp.where(condition, jnp.inf, 0).astype(dtype) * 0
+    return jax.lax.sqrt(-jnp.asarray(condition, dtype))

@@ -1,5 +1,8 @@
 """From per-example terms to `none`, `sum` or `mean`, over mapped axes too."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -20,15 +23,16 @@ def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
     """
     numerators, denominators = zip(*terms)
     if reduction == "none":
-        return sum(numerators)
+        return functools.reduce(jnp.add, numerators)
     if reduction == "sum":
-        return jnp.sum(_totals(numerators, examples))
+        return jax.lax.reduce_sum(_totals(numerators, examples), (0,))
     above, below = jnp.split(_totals(numerators + denominators, examples), 2)
-    return jnp.sum(above / jnp.where(below == 0, 1, below))
+    return jax.lax.reduce_sum(above / (below + (below == 0).astype(below.dtype)), (0,))
 
 
 def _totals(terms, examples):
     """Stacked: else XLA's CPU compiler makes a kernel of each (jax 0.10.2), and of some parts."""
-    alike = [term + zeros_like(terms[0]) for term in terms]  # in their sharding, too
-    stacked = jnp.stack(alike)
-    return psum(jnp.sum(stacked, tuple(range(1, stacked.ndim))), examples)
+    if any(jax.typeof(term) != jax.typeof(terms[0]) for term in terms):
+        terms = [term + zeros_like(terms[0]) for term in terms]  # of one sharding
+    stacked = jax.lax.concatenate([jax.lax.expand_dims(term, (0,)) for term in terms], 0)
+    return psum(jax.lax.reduce_sum(stacked, tuple(range(1, stacked.ndim))), examples)

@@ -29,7 +29,7 @@ from jax import Array
 
 from ._axes import meshes, vary_alike, vary_like, zeros_like
 from ._classes import one_hot, pick
-from ._numerics import blank_uncounted, compute_dtype, nan_where, times, unless_zero
+from ._numerics import blank_uncounted, compute_dtype, times, unless_zero
 
 
 def row_max(
@@ -41,7 +41,8 @@ def row_max(
     """
     x = jax.lax.stop_gradient(x)
     x = x if exists is None else jnp.where(exists, x, -jnp.inf)
-    top = jnp.max(x, axis, keepdims=True).astype(compute_dtype(x))
+    axis %= x.ndim
+    top = jax.lax.expand_dims(jax.lax.reduce_max(x, (axis,)), (axis,)).astype(compute_dtype(x))
     low = jnp.finfo(top.dtype).min
     # A select stays out of XLA's reduction on a CPU, which takes twice as long over the second of
     # four dimensions with `maximum` in it; over the last it does not, and the rest is shorter (jax
@@ -74,7 +75,7 @@ def _centre(softcap, x, shift, exists):
     return centred if exists is None else jnp.where(exists, centred, -jnp.inf)
 
 
-# Second order comes through the next four. Where a row is not finite their derivatives are: it
+# Second order comes through the next three. Where a row is not finite their derivatives are: it
 # may be one that the loss does not count; if it counts, its NaN shows in the other factors.
 
 
@@ -96,7 +97,7 @@ def _slope(softcap, x):
     if softcap is None:
         return 1
     x = x.astype(compute_dtype(x))
-    tanh = jnp.tanh(jnp.where(jnp.isnan(x), 0, x) / softcap.astype(x.dtype))
+    tanh = jnp.tanh(jnp.where(jnp.isnan(x), 0, x) / jnp.asarray(softcap, x.dtype))
     return (1 - tanh) * (1 + tanh)
 
 
@@ -110,17 +111,6 @@ def _exponentials_jvp(primals, tangents):
     exps = _exponentials(*primals)
     slope = _slope(primals[1], primals[0])
     return exps, jnp.where(jnp.isfinite(exps), exps * slope, 0) * tangents[0]
-
-
-@jax.custom_jvp
-def log(total):
-    return jnp.log(total)
-
-
-@log.defjvp
-def _log_jvp(primals, tangents):
-    (total,), (d_total,) = primals, tangents
-    return log(total), d_total / jnp.where(has_log(total), total, 1)
 
 
 def has_log(total):
@@ -209,10 +199,16 @@ def row_sums(
 # outputs of a custom_vjp are mapped and others are not (seen in jax 0.9.0 to 0.12.0).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _row_sums(axis, moment, x, softcap, shift, exists, index, mass):
-    return _row_sums_fwd(axis, moment, x, softcap, shift, exists, index, mass)[0]
+    return _packed_sums(axis, moment, x, softcap, shift, exists, index, mass)
 
 
-def _row_sums_fwd(axis, moment, x, softcap, shift, exists, index, mass):
+def _row_sums_fwd(axis, moment, *arguments):
+    packed = _packed_sums(axis, moment, *arguments)
+    return packed, arguments
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)  # traced once for both of these
+def _packed_sums(axis, moment, x, softcap, shift, exists, index, mass):
     def in_one_pass(x, softcap, shift, exists, index, mass):
         terms = _terms(axis, softcap, moment, x, shift, exists, index, mass)
         mass_sum = None if mass is None else _sum(axis, terms.mass_sum)
@@ -233,9 +229,7 @@ def _row_sums_fwd(axis, moment, x, softcap, shift, exists, index, mass):
         sums = jax.lax.platform_dependent(*arguments, cpu=in_one_pass, default=one_by_one)
     else:
         sums = one_by_one(*arguments)
-    packed = jnp.concatenate(jax.tree.leaves(sums), axis)
-    lost = None if shift is None else ~has_log(sums.total)
-    return packed, (x, softcap, shift, exists, index, mass, lost)
+    return jax.lax.concatenate(jax.tree.leaves(sums), axis % x.ndim)
 
 
 def _terms(axis, softcap, moment, x, shift, exists, index, mass):
@@ -253,7 +247,8 @@ def _terms(axis, softcap, moment, x, shift, exists, index, mass):
 
 
 def _sum(axis, term):
-    return jnp.sum(term, axis, keepdims=True)
+    axis %= term.ndim
+    return jax.lax.expand_dims(jax.lax.reduce_sum(term, (axis,)), (axis,))
 
 
 def _is_unrolled(axis, x, mass):
@@ -296,12 +291,11 @@ def _sum_at_once_jvp(axis, primals, tangents):
 
 
 def _row_sums_bwd(axis, moment, residuals, cotangents):
-    x, softcap, shift, exists, index, mass, lost = residuals
+    x, softcap, shift, exists, index, mass = residuals
     x = _fresh(axis, softcap, x, mass)
     asked = (shift is not None, moment, index is not None, mass is not None)
-    d_sums = poison(lost, _unpack(axis, asked, cotangents))
-    # Concatenated and hidden: else XLA's CPU compiler makes them again for each class.
-    packed = jax.lax.optimization_barrier(jnp.concatenate(jax.tree.leaves(d_sums), axis))
+    # Hidden: else XLA's CPU compiler makes them again for each class.
+    packed = jax.lax.optimization_barrier(cotangents)
     q, pull = (None, None) if mass is None else jax.vjp(lambda mass: mass(exists), mass)
     d_x, d_q = row_gradients(
         axis,
@@ -336,14 +330,6 @@ def _fresh(axis, softcap, x, mass):
     return jax.lax.platform_dependent(
         x, cpu=hidden if hide_on_cpu else same, default=hidden if hide_elsewhere else same
     )
-
-
-def poison(lost: Any, d_sums: RowSums) -> RowSums:
-    """Cotangents of the sums, NaN for a counted row that is lost: its total has no logarithm."""
-    if lost is None:
-        return d_sums
-    lost &= d_sums.total != 0
-    return d_sums._replace(total=d_sums.total + nan_where(lost, d_sums.total.dtype))
 
 
 def row_gradients(

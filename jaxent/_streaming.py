@@ -32,7 +32,7 @@ from ._chunks import (
 )
 from ._classes import pick
 from ._numerics import compute_dtype, times
-from ._softmax import RowSums, cap, finite_shift, has_log, poison, product, unless_lost
+from ._softmax import RowSums, cap, finite_shift, product, unless_lost
 
 
 def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
@@ -74,13 +74,12 @@ def _packed_sums(plan, head, fixed):
 def _packed_sums_fwd(plan, head, fixed):
     shift, sums, best = streamed_sums(plan, head, fixed)
     shift = finite_shift(shift, fixed.uncounted)
-    return _pack(shift, sums, best), (head, fixed, shift, ~has_log(sums.total))
+    return _pack(shift, sums, best), (head, fixed, shift)
 
 
 def _packed_sums_bwd(plan, residuals, cotangent):
-    head, fixed, shift, lost = residuals
+    head, fixed, shift = residuals
     _, cotangents = _unpack(plan, head, fixed, cotangent[0])
-    cotangents = poison(lost, cotangents)
     gradients = _gradients(plan, (head, shift, cotangents), fixed)
     return _cast(blank_hidden(gradients, fixed.uncounted), head), None
 

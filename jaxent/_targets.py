@@ -22,7 +22,7 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
-from ._axes import Names, local_index, num_shards, psum
+from ._axes import Names, local_index, num_shards, psum, zeros_like
 from ._classes import along, pick
 from ._numerics import blank_uncounted, nan_where
 
@@ -77,6 +77,7 @@ def read_given(
         "here",
         "picked_weight",
         "mass",
+        "uncounted",
         "sample_weight",
         "scale",
         "denominator",
@@ -94,15 +95,12 @@ class Rows:
     exists: Array | None  # bool, of the logits' shape or a table; None where all exist
     index: Array | None  # int32, -1 if out of range; None for probabilities
     here: Array | None  # the same relative to this shard's classes; -1 for other shards' too
-    picked_weight: Array | None
+    picked_weight: Array | None  # None for 1; of each example, or a scalar
     mass: Partial | None  # exists -> (..., C, ...), broadcastable to the logits
+    uncounted: Array  # bool: of sample weight 0
     sample_weight: Array  # 0 for examples that are not counted
     scale: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
-
-    @property
-    def uncounted(self) -> Array:
-        return self.sample_weight == 0
 
 
 def make_rows(
@@ -117,21 +115,24 @@ def make_rows(
     all_classes = num_classes * num_shards(classes)
     exists = class_table(given.class_mask, shape, axis)
     weight = None if given.weight is None else along(axis, ndim, given.weight.astype(dtype))
-    smoothing = given.label_smoothing
+    smoothing, share = given.label_smoothing, jnp.asarray(1 / all_classes, dtype)
     if smoothing is not None:
         smoothing = smoothing.astype(dtype)
         smoothing += nan_where(~((smoothing >= 0) & (smoothing <= 1)), dtype)
-    sample_weight = spread_sample_weight(given.sample_weight, shape[:axis] + shape[axis + 1 :])
-    sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
-    share = jnp.full((1,) * ndim, 1 / all_classes, dtype)
+    sample_weight = given.sample_weight
+    if sample_weight is not None:
+        sample_weight = jnp.broadcast_to(sample_weight, shape[:axis] + shape[axis + 1 :])
+        sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
+    is_gone = None  # not counted, whatever its weight
     if exists is not None:
         # A row without classes is not counted; with all of them, it is at least finite.
         exists, count = read_existing(exists, axis, classes)
-        sample_weight = jnp.where(count == 0, 0, sample_weight)
+        is_gone = jnp.broadcast_to(count == 0, (*shape[:axis], 1, *shape[axis + 1 :]))
         share = 1 / jnp.where(count == 0, all_classes, count).astype(dtype)
 
     targets = given.targets
     if is_float(targets):
+        sample_weight, uncounted = _weights(sample_weight, is_gone, _rows_of(targets, axis), dtype)
         return Rows(
             axis=axis,
             exists=exists,
@@ -139,39 +140,59 @@ def make_rows(
             here=None,
             picked_weight=None,
             mass=Partial(_mass, targets, sample_weight, smoothing, share, weight),
+            uncounted=uncounted,
             sample_weight=sample_weight,
             scale=sample_weight,
             denominator=sample_weight,
         )
 
-    targets = jnp.expand_dims(targets, axis)
-    index, ignored = read_indices(targets, all_classes, given.ignore_index)
-    here = local_index(index, num_classes, classes)
-    # Out of range and of weight 0 is not counted either, and has no loss to derive.
-    sample_weight = jnp.where(ignored | (index < 0) & (sample_weight == 0), 0, sample_weight)
-    outside = (index < 0) & (sample_weight != 0)
-    picked_weight, denominator = jnp.ones_like(sample_weight), sample_weight
+    index, ignored = read_indices(jnp.expand_dims(targets, axis), all_classes, given.ignore_index)
+    here = local_index(index, num_classes, classes) if classes else index
+    outside = index < 0
+    is_gone = ignored if is_gone is None else ignored | is_gone
+    if sample_weight is not None:
+        # Out of range and of weight 0 is not counted either, and has no loss to derive.
+        is_gone |= outside & (sample_weight == 0)
+    sample_weight, uncounted = _weights(sample_weight, is_gone, outside, dtype)
+    picked_weight, denominator = None, sample_weight
     if weight is not None:
         chosen = pick_weight(weight, here, axis, classes)
         # Out of range: the NaN reaches all classes' weights; `mean` counts the example as 1.
-        picked_weight = jnp.where(index < 0, psum(jnp.sum(weight), classes), chosen)
+        picked_weight = jnp.where(outside, psum(jnp.sum(weight), classes), chosen)
         picked_weight = blank_uncounted(sample_weight, picked_weight)
-        one_or_chosen = jnp.where(index < 0, 1, chosen)
+        one_or_chosen = jnp.where(outside, 1, chosen)
         denominator = sample_weight * blank_uncounted(sample_weight, one_or_chosen)
+    mass = None
     if smoothing is not None:
-        picked_weight = (1 - smoothing) * picked_weight
+        picked_weight = (1 - smoothing) * (1 if picked_weight is None else picked_weight)
+        mass = Partial(_mass, None, None, smoothing, share, weight)
     return Rows(
         axis=axis,
         exists=exists,
         index=index,
         here=here,
         picked_weight=picked_weight,
-        mass=None if smoothing is None else Partial(_mass, None, None, smoothing, share, weight),
+        mass=mass,
+        uncounted=uncounted,
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
-        scale=sample_weight * (1 + nan_where(outside, dtype)),
+        scale=sample_weight * (1 + nan_where(outside & ~uncounted, dtype)),
         denominator=denominator,
     )
+
+
+def _weights(sample_weight, is_gone, like, dtype):
+    """Sample weights, 0 for what is gone, and which examples are not counted."""
+    if is_gone is None:
+        is_gone = zeros_like(like, bool)
+    if sample_weight is None:
+        return (~is_gone).astype(dtype), is_gone
+    sample_weight = jnp.where(is_gone, 0, sample_weight)
+    return sample_weight, sample_weight == 0
+
+
+def _rows_of(targets, axis):
+    return jax.lax.slice_in_dim(targets, 0, 1, axis=axis)
 
 
 def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | None:
@@ -182,12 +203,6 @@ def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | N
     if class_mask.shape in [(shape[axis],), table]:
         return jnp.reshape(class_mask, table)
     return jnp.broadcast_to(class_mask, shape)
-
-
-def spread_sample_weight(sample_weight: Any, per_example: tuple[int, ...]) -> Array:
-    if sample_weight is None:
-        return jnp.ones(per_example, bool)
-    return jnp.broadcast_to(sample_weight, per_example)
 
 
 def read_existing(exists: Array, axis: int, classes: Names = ()) -> tuple[Array, Array]:
@@ -204,24 +219,22 @@ def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
 
 def _mass(targets, sample_weight, smoothing, share, weight, exists):
     """q = w * ((1 - eps) * targets + eps / C), C counting the classes that exist."""
-    mass = jnp.zeros_like(share)
-    if targets is not None:
-        mass = blank_uncounted(sample_weight, targets.astype(share.dtype))
+    mass = None if targets is None else blank_uncounted(sample_weight, targets.astype(share.dtype))
     if smoothing is not None:
-        uniform = share if exists is None else jnp.where(exists, share, 0)
-        mass = (1 - smoothing) * mass + smoothing * uniform
+        uniform = smoothing * (share if exists is None else jnp.where(exists, share, 0))
+        mass = uniform if mass is None else (1 - smoothing) * mass + uniform
     # Whatever the weight of a class without mass is, NaN too.
     return mass if weight is None else mass * blank_uncounted(mass, weight)
 
 
 def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:
     """int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
-    if jnp.iinfo(targets.dtype).bits < 32:
+    bits = max(jnp.iinfo(targets.dtype).bits, 32)
+    if bits > jnp.iinfo(targets.dtype).bits:
         targets = targets.astype(jnp.int32)
-    none = jnp.zeros(targets.shape, bool)
-    ignored = none if ignore_index is None else targets == ignore_index
+    # As unsigned numbers, negative ones are above all classes.
     inside = targets >= 0
     if num_classes is not None:
-        inside &= targets < num_classes
-    index = jnp.where(inside, targets, 0).astype(jnp.int32)
-    return jnp.where(inside, index, -1), ignored
+        inside = targets.astype(f"uint{bits}") < num_classes
+    ignored = zeros_like(targets, bool) if ignore_index is None else targets == ignore_index
+    return jnp.where(inside, targets.astype(jnp.int32), -1), ignored

@@ -12,6 +12,7 @@ Nothing but the row sums has a hand-written gradient.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ from ._classes import along
 from ._numerics import blank_uncounted, compute_dtype, times
 from ._reduction import reduce, total
 from ._shards import whole_rows
-from ._softmax import RowSums, has_log, hide, log, row_max, row_sums
+from ._softmax import RowSums, has_log, hide, row_max, row_sums
 from ._targets import (
     Given,
     Rows,
@@ -47,7 +48,6 @@ from ._targets import (
     read_existing,
     read_given,
     read_indices,
-    spread_sample_weight,
 )
 
 
@@ -111,7 +111,7 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     shift = row_max(axis, None, x, finite)
     sums = row_sums(axis, None, x, shift, finite, None, None)
     shift, sums = whole_rows(shift, sums, None, None, False, classes)
-    log_probs = x - shift - log(sums.total)
+    log_probs = x - shift - jnp.log(sums.total)
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
     return log_probs.astype(logits.dtype)
@@ -308,13 +308,20 @@ def rows_of_logits(
 def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):
     """The reduction of the examples' losses, computed without the class axis.
 
-    With it, as 1 at the end, XLA's sum on the CPU takes five times longer (jax 0.10.2).
+    With it, as 1 at the end, XLA's sum on the CPU takes five times longer (jax 0.10.2), and there
+    are more kernels.
     """
-    values = rows.scale, rows.sample_weight, rows.picked_weight, rows.denominator, shift, sums
-    flat = jax.tree.map(lambda x: jnp.squeeze(x, rows.axis), values)
-    names = "scale", "sample_weight", "picked_weight", "denominator"
-    rows = dataclasses.replace(rows, **dict(zip(names, flat)))
-    return reduce(loss_terms(rows, z_loss, *flat[4:]), reduction, examples)
+    squeezed: dict[int, Any] = {}
+
+    def squeeze(x):
+        if id(x) not in squeezed:
+            squeezed[id(x)] = jax.lax.squeeze(x, (rows.axis,)) if x.ndim else x
+        return squeezed[id(x)]
+
+    rows = dataclasses.replace(rows, exists=None, index=None, here=None, mass=None)
+    values = rows, None if z_loss is None else shift, sums
+    rows, shift, sums = jax.tree.map(squeeze, values)
+    return reduce(loss_terms(rows, z_loss, shift, sums), reduction, examples)
 
 
 def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowSums):
@@ -323,22 +330,23 @@ def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowS
     def per_example(shift, log_sum, sums):
         loss = 0
         if sums.picked is not None:
-            loss += times(rows.picked_weight, log_sum - sums.picked)
+            loss = log_sum - sums.picked
+            if rows.picked_weight is not None:
+                loss = times(rows.picked_weight, loss)
         if sums.mass_sum is not None:
             loss += times(sums.mass_sum, log_sum) - sums.target_sum
-        return loss, 0 if z_loss is None else (shift + log_sum) ** 2
+        return loss, None if z_loss is None else (shift + log_sum) ** 2
 
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
-    # would be 0 * inf.
-    log_sum: Any = 0
+    # would be 0 * inf. Whether it is finite is asked with 0 for a logarithm that there is.
+    values = per_example(*jax.lax.stop_gradient((shift, 0, sums)))
+    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, jax.tree.leaves(values)))
     if sums.total is not None:
-        shift, sums = hide(rows.uncounted & ~has_log(sums.total), shift, sums)
-        log_sum = log(sums.total)
-    finite = jnp.isfinite(sum(per_example(*jax.lax.stop_gradient((shift, log_sum, sums)))))
-    lost = rows.uncounted & ~finite
-    shift, sums = hide(lost, shift, sums)
-    log_sum = jnp.where(lost, 0, log_sum)
-    loss, squared_normalizer = per_example(shift, log_sum, sums)
+        finite &= has_log(sums.total)
+    shift, sums = hide(rows.uncounted & ~finite, shift, sums)
+    loss, squared_normalizer = per_example(
+        shift, 0 if sums.total is None else jnp.log(sums.total), sums
+    )
     terms = [(rows.scale * loss, rows.denominator)]
     if z_loss is not None:
         z_loss = z_loss.astype(shift.dtype)
@@ -405,7 +413,8 @@ def _total_weight(options: Options, given: Given) -> Array:
     dtype = compute_dtype(*(w for w in (weight, given.sample_weight) if w is not None))
     num_classes = None if weight is None else weight.size * num_shards(classes)
     index, ignored = read_indices(targets, num_classes, given.ignore_index)
-    scale = spread_sample_weight(given.sample_weight, targets.shape).astype(dtype)
+    scale: Any = 1 if given.sample_weight is None else given.sample_weight
+    scale = jnp.broadcast_to(jnp.asarray(scale, dtype), targets.shape)
     if weight is not None:
         index = index[..., None]
         here = local_index(index, weight.size, classes)

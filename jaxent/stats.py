@@ -22,7 +22,7 @@ from ._classes import first_best
 from ._mesh import Layout
 from ._numerics import compute_dtype
 from ._shards import whole_best
-from ._softmax import RowSums, cap, hide, log
+from ._softmax import RowSums, cap, hide
 from ._targets import Given, Rows, read_given
 from .functional import Options, rows_of_logits
 from .linear import PrecisionLike, read_head, rows_of_head
@@ -178,7 +178,7 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenS
     counted = rows.sample_weight != 0
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
     shift, sums = hide(~counted, shift, sums)
-    log_sum = log(sums.total)
+    log_sum = jnp.log(sums.total)
     prediction = prediction.astype(jnp.int32)
     stats = TokenStats(
         log_prob=rows.scale * (sums.picked - log_sum),

@@ -457,7 +457,9 @@ def test_no_number_of_a_class_goes_through_a_float():
 @pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (None, None, 0), (0, 0, 0)])
 def test_predictions_under_vmap_leave_gradients_alone(mapped):
     hidden, kernel, targets = problem(5, 3, 7)
-    many = [jnp.stack([x, x[::-1]]) if m == 0 else x for x, m in zip((hidden, kernel, targets), mapped)]
+    many = [
+        jnp.stack([x, x[::-1]]) if m == 0 else x for x, m in zip((hidden, kernel, targets), mapped)
+    ]
 
     def total(function):
         def of(hidden, kernel):
