@@ -23,7 +23,7 @@ from .engine import Row, interleaved, number
 UNIT = "ms"
 SIDES = ("jaxent", "optax", "plain")
 BOUND = (
-    "Score: jaxent's time divided by optax's, or else plain's; at most 1.5 for cross_entropy and "
+    "Score: jaxent's time divided by optax's, or else plain's; at most 1.2 for cross_entropy and "
     "1.1 for imports."
 )
 TOKENS, WIDTH, CLASSES = 256, 64, 1000
@@ -160,7 +160,7 @@ def rows(options):
         row = Row({"function": function, "of": of}, {})
         if options.only in row.name:
             runs = {k: functools.partial(compile_anew, *run) for k, run in sides.items()}
-            bound = 1.5 if function == "cross_entropy" else None
+            bound = 1.2 if function == "cross_entropy" else None
             yield measured(row, runs, options.reps, bound)
     for mine, modules in IMPORTS.items():
         row = Row({"function": mine, "of": f"plain: import {modules}"}, {})
