@@ -30,7 +30,7 @@ class LinearHead(nnx.Linear):
     Args:
       in_features, out_features: width of the hidden states, number of classes.
       criterion: the configuration of the loss, a `jaxent.LinearCrossEntropyLoss`. Its dtype
-        and precision, where given, go before those of the layer.
+        and precision, where given, override those of the layer.
       rngs, and any other keyword: as in `nnx.Linear`.
 
     Example:
@@ -75,8 +75,8 @@ class LinearHead(nnx.Linear):
         return logits if exists is None else jnp.where(exists, logits, -jnp.inf)
 
     def loss(self, hidden: Array, targets: ArrayOrList, **keywords: Any) -> Array:
-        """The loss; any keyword of `jaxent.linear_cross_entropy` given here goes before the
-        criterion's."""
+        """The loss. Any keyword of `jaxent.linear_cross_entropy` given here overrides the
+        criterion's, and is differentiated."""
         given = {
             "bias": None if self.bias is None else self.bias[...],
             "dtype": self.criterion.dtype or self.dtype,

@@ -199,8 +199,8 @@ class NLLLoss(_Loss):
         self.class_axis_name = class_axis_name
 
     def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
-        """The loss; any keyword of `jaxent.nll` given here (`sample_weight`, say) goes
-        before the object's."""
+        """The loss. Any keyword of `jaxent.nll` given here (`sample_weight`, say) overrides the
+        object's, and is differentiated."""
         return nll(log_probs, targets, **self._keywords(keywords))
 
 
@@ -251,8 +251,8 @@ class CrossEntropyLoss(_Loss):
         self.class_axis_name = class_axis_name
 
     def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
-        """The loss; any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
-        `reduction="none"`) goes before the object's."""
+        """The loss. Any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
+        `reduction="none"`) overrides the object's, and is differentiated."""
         return cross_entropy(logits, targets, **self._keywords(keywords))
 
 
@@ -314,8 +314,8 @@ class LinearCrossEntropyLoss(_Loss):
     def __call__(
         self, hidden: ArrayOrList, kernel: ArrayOrList, targets: ArrayOrList, **keywords: Any
     ) -> Array:
-        """The loss; any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
-        `sample_weight`) goes before the object's."""
+        """The loss. Any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
+        `sample_weight`) overrides the object's, and is differentiated."""
         return linear_cross_entropy(hidden, kernel, targets, **self._keywords(keywords))
 
 
