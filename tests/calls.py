@@ -2,12 +2,23 @@
 
 import contextlib
 import dataclasses
+import os
 from typing import Any
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import settings
+
+# CI draws fewer examples of each law for the second of its two JAX versions.
+EXAMPLES = float(os.environ.get("JAXENT_EXAMPLES", "1"))
+
+
+def examples(count):
+    """Settings of a property: this many examples, of any duration."""
+    return settings(max_examples=max(3, round(EXAMPLES * count)), deadline=None)
+
 
 # (shape of the logits, class axis)
 SHAPES = [

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from calls import EVERY_OPTION, NLL_OPTIONS, assert_close, calls, evaluate
-from hypothesis import given, settings
+from calls import EVERY_OPTION, NLL_OPTIONS, assert_close, calls, evaluate, examples
+from hypothesis import given
 
 import jaxent
 from jaxent import reference
 
 both_sums = pytest.mark.usefixtures("sums")
-law = settings(max_examples=12, deadline=None)
+law = examples(12)
 SHAPES = [((4, 5), 1), ((3, 5, 2), 1), ((5,), 0)]
 TRACED = ("weight", "sample_weight", "label_smoothing", "z_loss")
 
@@ -30,7 +30,7 @@ def summed(name):
 
 
 @both_sums
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(calls(EVERY_OPTION, SHAPES, ["float32", "bfloat16", "float16"]))
 def test_gradients_equal_those_of_the_formula_in_float64(call):
     loss, grads = evaluate(jaxent.cross_entropy, call)

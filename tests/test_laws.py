@@ -15,16 +15,17 @@ from calls import (
     calls,
     eps,
     evaluate,
+    examples,
     full_mask,
     head_calls,
     precision,
 )
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 
 import jaxent
 from jaxent import reference
 
-law = settings(max_examples=15, deadline=None)
+law = examples(15)
 HALF_AND_SINGLE = ["float32", "bfloat16"]
 BATCHED = [((4, 5), 1), ((6, 3), 1), ((3, 5, 2), 1)]
 
@@ -35,7 +36,7 @@ ULPS = 32
 
 
 @pytest.mark.usefixtures("sums")
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(calls(EVERY_OPTION))
 def test_cross_entropy_equals_its_reference(call):
     actual = evaluate(jaxent.cross_entropy, call)
@@ -43,7 +44,7 @@ def test_cross_entropy_equals_its_reference(call):
 
 
 @pytest.mark.usefixtures("sums")
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(calls(NLL_OPTIONS))
 def test_nll_equals_its_reference(call):
     assert_same(evaluate(jaxent.nll, call), evaluate(reference.nll, call), ULPS)
@@ -433,7 +434,7 @@ def test_split_classes(call):
     assert_same(actual, evaluate(jaxent.cross_entropy, call), ULPS)
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(calls(NLL_OPTIONS, SPLIT))
 def test_split_log_probabilities(call):
     actual = evaluate(over_halves_of_the_classes(jaxent.nll), call)

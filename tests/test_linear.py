@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from calls import EVERY_OPTION, assert_close, eps, evaluate, full_mask, head_calls
-from hypothesis import assume, given, settings
+from calls import EVERY_OPTION, assert_close, eps, evaluate, examples, full_mask, head_calls
+from hypothesis import assume, given
 from test_laws import gradients_in_the_forward_pass
 
 import jaxent
 from jaxent import reference
 
-few = settings(max_examples=6, deadline=None)
+few = examples(6)
 forms = pytest.mark.parametrize("made_forward", [False, True])
 
 ROWS = [((4, 5), 1), ((7, 13), 1)]

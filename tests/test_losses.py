@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from calls import examples
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxent
@@ -614,13 +615,13 @@ def same_as_function(make, function, options, call):
     np.testing.assert_array_equal(actual, function(LOGITS, LABELS, **(options | call)))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(st.fixed_dictionaries({}, optional=CROSS_ENTROPY_OPTIONS), CALLS)
 def test_cross_entropy_object_equals_its_function(options, call):
     same_as_function(jaxent.CrossEntropyLoss, jaxent.cross_entropy, options, call)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(st.fixed_dictionaries({}, optional=SHARED_OPTIONS), CALLS)
 def test_nll_object_equals_its_function(options, call):
     same_as_function(jaxent.NLLLoss, jaxent.nll, options, call)

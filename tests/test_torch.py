@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from calls import examples
+from hypothesis import given
 
 import jaxent
 
@@ -24,7 +25,7 @@ OURS = {"cross_entropy": jaxent.cross_entropy, "nll_loss": jaxent.nll}
 SHAPES = [(4, 5), (6,), (3, 4, 2), (2, 3, 2, 2), (1, 2)]  # (C,) or (N, C, d1..dK)
 
 # Every example under a new shape, dtype or option compiles once: few of them a case.
-few = settings(max_examples=3, deadline=None)
+few = examples(3)
 examples = given(
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from(["float32", "float64"]),

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from calls import examples
+from hypothesis import given
 
 import jaxent
 from jaxent import reference
@@ -80,7 +81,7 @@ def test_a_wide_integer_is_ignored_where_it_is_asked(function, ignored):
             assert np.isnan(f(np.array([other, 1]), ignore_index=ignored)[0]), other
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 5), min_size=2, max_size=2),
     st.none() | st.integers(-(2**63), 2**63 - 1) | st.integers(-3, 5),
