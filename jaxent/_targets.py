@@ -77,7 +77,6 @@ def read_given(
         "here",
         "picked_weight",
         "mass",
-        "uncounted",
         "sample_weight",
         "scale",
         "denominator",
@@ -97,10 +96,13 @@ class Rows:
     here: Array | None  # the same relative to this shard's classes; -1 for other shards' too
     picked_weight: Array | None  # None for 1; of each example, or a scalar
     mass: Partial | None  # exists -> (..., C, ...), broadcastable to the logits
-    uncounted: Array  # bool: of sample weight 0
     sample_weight: Array  # 0 for examples that are not counted
     scale: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
+
+    @property
+    def uncounted(self) -> Array:
+        return self.sample_weight == 0
 
 
 def make_rows(
@@ -132,7 +134,9 @@ def make_rows(
 
     targets = given.targets
     if is_float(targets):
-        sample_weight, uncounted = _weights(sample_weight, is_gone, _rows_of(targets, axis), dtype)
+        rows = (*shape[:axis], 1, *shape[axis + 1 :])
+        is_gone = jnp.zeros(rows, bool) if is_gone is None else is_gone
+        sample_weight = _weights(sample_weight, is_gone, dtype)
         return Rows(
             axis=axis,
             exists=exists,
@@ -140,7 +144,6 @@ def make_rows(
             here=None,
             picked_weight=None,
             mass=Partial(_mass, targets, sample_weight, smoothing, share, weight),
-            uncounted=uncounted,
             sample_weight=sample_weight,
             scale=sample_weight,
             denominator=sample_weight,
@@ -153,7 +156,7 @@ def make_rows(
     if sample_weight is not None:
         # Out of range and of weight 0 is not counted either, and has no loss to derive.
         is_gone |= outside & (sample_weight == 0)
-    sample_weight, uncounted = _weights(sample_weight, is_gone, outside, dtype)
+    sample_weight = _weights(sample_weight, is_gone, dtype)
     picked_weight, denominator = None, sample_weight
     if weight is not None:
         chosen = pick_weight(weight, here, axis, classes)
@@ -173,26 +176,18 @@ def make_rows(
         here=here,
         picked_weight=picked_weight,
         mass=mass,
-        uncounted=uncounted,
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
-        scale=sample_weight * (1 + nan_where(outside & ~uncounted, dtype)),
+        scale=sample_weight * (1 + nan_where(outside & (sample_weight != 0), dtype)),
         denominator=denominator,
     )
 
 
-def _weights(sample_weight, is_gone, like, dtype):
-    """Sample weights, 0 for what is gone, and which examples are not counted."""
-    if is_gone is None:
-        is_gone = zeros_like(like, bool)
+def _weights(sample_weight, is_gone, dtype):
+    """Sample weights, 0 for what is gone."""
     if sample_weight is None:
-        return (~is_gone).astype(dtype), is_gone
-    sample_weight = jnp.where(is_gone, 0, sample_weight)
-    return sample_weight, sample_weight == 0
-
-
-def _rows_of(targets, axis):
-    return jax.lax.slice_in_dim(targets, 0, 1, axis=axis)
+        return (~is_gone).astype(dtype)
+    return jnp.where(is_gone, 0, sample_weight)
 
 
 def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | None:

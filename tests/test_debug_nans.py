@@ -84,7 +84,7 @@ def functions():
 
             form = "made forward" if forward else "streamed"
             yield f"linear_cross_entropy, {form}, {name}", head_loss, (hidden, kernel)
-        if y.dtype != np.float32:
+        if y.dtype != np.float32 and "sample_weight" not in keywords:
             some = {k: v for k, v in keywords.items() if k in ("class_mask", "softcap")}
 
             def stats(x, y=y, some=some, module=jaxent):
