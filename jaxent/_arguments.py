@@ -42,9 +42,11 @@ def check_reduction(reduction: Any) -> None:
 def read_array(name: str, value: Any) -> Any:
     """An array of a dtype that JAX has: a JAX array as it came, else NumPy's if that will do."""
     try:
-        if type(value) is np.ndarray or _is_of_numbers(value):
+        if _is_hosts(value):
             value = np.asarray(value)
-            array: Any = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+            dtype = jax.dtypes.canonicalize_dtype(value.dtype.newbyteorder("="))
+            with np.errstate(over="ignore"):  # to inf, as JAX does
+                array: Any = value.astype(dtype, copy=False)
         else:
             array = value if isinstance(value, jax.Array) else jnp.asarray(value)
         if jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool:
@@ -54,11 +56,18 @@ def read_array(name: str, value: Any) -> Any:
     raise TypeError(f"{name} must be an array or a number, got {describe(value)}")
 
 
+def _is_hosts(value: Any) -> bool:
+    """Whether NumPy reads it without JAX: NumPy's, of numbers, or another library's array."""
+    if isinstance(value, (jax.Array, np.ma.MaskedArray)) or hasattr(value, "__jax_array__"):
+        return False
+    return hasattr(value, "__array__") or _is_of_numbers(value)
+
+
 def _is_of_numbers(value: Any) -> bool:
     """Whether NumPy reads it without JAX: a number, or lists of numbers."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_of_numbers, value))
-    return isinstance(value, NUMBERS)
+    return isinstance(value, (np.ndarray, *NUMBERS))
 
 
 def is_float(array: Any) -> bool:
@@ -110,18 +119,21 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
 
 def whole_numbers(targets: Any) -> Any:
     """NumPy and Python integers as a NumPy array, of objects where no dtype has them all."""
-    if type(targets) is np.ndarray:
-        return targets if targets.dtype.kind in "iu" else None
-    if not _is_of_numbers(targets):
+    if not _is_hosts(targets):
         return None
     try:
         array = np.asarray(targets)
-        if array.dtype.kind in "fO":  # 2**63 and -1 have no common integer dtype
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        listed = isinstance(targets, (list, tuple))
+        if listed and not array.size:
+            array = array.astype(np.int64)  # no targets, of no dtype
+        elif listed and array.dtype.kind in "fO":
+            # 2**63 and -1 have no common integer dtype.
             array = np.asarray(targets, object)
             kinds = {type(x) for x in array.flat}
             whole = kinds and all(issubclass(k, (int, np.integer)) for k in kinds - {bool})
             return array if whole and bool not in kinds else None
-    except ValueError:  # ragged
+    except (TypeError, ValueError):  # ragged lists; another library's array that is on a device
         return None
     return array if array.dtype.kind in "iu" else None
 
@@ -326,8 +338,9 @@ def _read_coefficient(name: str, value: Any, low: float, high: float) -> Any:
         raise ValueError(f"{name} must be a scalar, got {describe(array)}")
     if not isinstance(array, jax.Array):
         array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))
-        if not low <= array <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        if not (np.isfinite(array) and low <= array <= high):
+            wanted = "finite" if high == math.inf else f"in [{low}, {high}]"
+            raise ValueError(f"{name} must be {wanted}, got {value}")
         if array == 0:
             return None
     return array
@@ -352,7 +365,7 @@ def _read_real(name: str, value: Any) -> Any:
     array = read_array(name, value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {describe(array)}")
-    if isinstance(array, np.ndarray) and array.dtype.kind in "iu":  # one program for 1 and 1.0
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iub":  # one program for 1 and 1.0
         array = array.astype(jax.dtypes.canonicalize_dtype(np.float64))
     return array
 

@@ -85,6 +85,7 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
             f"{k} is called {_ours(k, signature)} here" for k in unknown if _ours(k, signature)
         ]
         kinds = {k: p.kind for k, p in signature.parameters.items() if k != "self"}
+        kinds = {k: kind for k, kind in kinds.items() if kind != inspect.Parameter.VAR_KEYWORD}
         positional = [
             k for k, kind in kinds.items() if kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
         ]

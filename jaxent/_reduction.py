@@ -27,7 +27,7 @@ def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
     if reduction == "sum":
         return jax.lax.reduce_sum(_totals(numerators, examples), (0,))
     above, below = jnp.split(_totals(numerators + denominators, examples), 2)
-    return jax.lax.reduce_sum(above / (below + (below == 0).astype(below.dtype)), (0,))
+    return jax.lax.reduce_sum(above / jnp.where(below == 0, 1, below), (0,))
 
 
 def _totals(terms, examples):

@@ -264,7 +264,8 @@ def _is_unrolled(axis, x, mass):
 
 def _are_few(axis, x):
     """On a CPU, 16 classes on the last axis, and 24 on another, are still unrolled (jax 0.10.2)."""
-    return x.shape[axis] <= (16 if _is_last(axis, x) else 24)
+    size = x.shape[axis]
+    return isinstance(size, int) and size <= (16 if _is_last(axis, x) else 24)
 
 
 def _is_last(axis, x):
@@ -352,7 +353,7 @@ def row_gradients(
     if q is not None:
         # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
         q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
-        d_centred += times(d_target_sum, q)
+        d_centred += d_target_sum * blank_uncounted(d_target_sum, q)
         by_logit = blank_uncounted(d_target_sum, unless_zero(q, centred))
         (d_q,) = unspread(d_mass_sum + d_target_sum * by_logit)
     d_x = d_centred * _slope(softcap, x)

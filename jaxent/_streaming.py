@@ -115,12 +115,13 @@ def sums_pass(plan, head, fixed, keep=False):
         top = jnp.max(z, -1, keepdims=True)
         if plan.stats:
             first = jnp.argmax(z, -1, keepdims=True).astype(jnp.int32)
-            best = jnp.where(top > shift, chunk.start + first, best)
+            better = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
+            best = jnp.where(better, chunk.start + first, best)
         change = shift - jnp.maximum(shift, top)
         shift = jnp.maximum(shift, top)
         centred = z - shift
         if plan.stats:
-            moment = jnp.exp(change) * (moment + times(total, change))
+            moment = jnp.exp(change) * moment + times(jnp.exp(change) * total, change)
             moment += jnp.sum(product(jnp.exp(centred), centred), -1, keepdims=True)
         total = jnp.exp(change) * total + jnp.sum(jnp.exp(centred), -1, keepdims=True)
         if index is not None:

@@ -218,8 +218,11 @@ def _mass(targets, sample_weight, smoothing, share, weight, exists):
     if smoothing is not None:
         uniform = smoothing * (share if exists is None else jnp.where(exists, share, 0))
         mass = uniform if mass is None else (1 - smoothing) * mass + uniform
-    # Whatever the weight of a class without mass is, NaN too.
-    return mass if weight is None else mass * blank_uncounted(mass, weight)
+    if weight is None:
+        return mass
+    # Whatever the weight of a class without mass is, NaN too; and in a row that is not counted.
+    asked = mass if sample_weight is None else mass * sample_weight
+    return mass * blank_uncounted(asked, weight)
 
 
 def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:

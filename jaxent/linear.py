@@ -187,10 +187,11 @@ def _made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
 
     A symbolic number of them (`jax.export`) is not cut into blocks.
     """
+    if not all(isinstance(size, int) for size in (*hidden.shape, *kernel.shape)):
+        return False
     bits = jnp.finfo(plan.dtype).bits
     small = 4 * kernel.size <= ACCUMULATOR and hidden.shape[-1] >= WIDTH[bits]
-    counts = all(isinstance(size, int) for size in hidden.shape)
-    return counts and small and layout.alone and not layout.classes and not layout.width
+    return small and layout.alone and not layout.classes and not layout.width
 
 
 @compiled

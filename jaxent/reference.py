@@ -94,10 +94,10 @@ def nll(
 
     own = not is_float(read_targets(targets, ignore_index)[0])  # an index reads its class alone
 
-    def per_example(x):
-        return -jnp.sum(times(_weighted(t, w), jnp.where((t == 0) & own, 0, x)), -1), 0
+    def per_example(x, _):
+        return -jnp.sum(times(_weighted(t, w, s), jnp.where((t == 0) & own, 0, x)), -1), 0
 
-    loss, _ = _hide_uncounted(per_example, x, s)
+    loss, _ = _hide_uncounted(per_example, x, jnp.ones(x.shape, bool), s)
     return _reduce(loss * poison, 0, None, s, mean_weight, reduction, examples)
 
 
@@ -140,15 +140,15 @@ def cross_entropy(
     uniform = exists.astype(x.dtype) / count.astype(x.dtype)
     q = t if eps is None else (1 - eps) * t + eps * uniform
 
-    def per_example(x):
+    def per_example(x, exists):
         if softcap is not None:
             x = softcap * jnp.tanh(x / softcap)
         # A row without classes is not counted: let it be finite.
         empty = ~jnp.any(exists, -1, keepdims=True)
         log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
-        return -jnp.sum(times(_weighted(q, w), log_p), -1), lse if z is None else lse**2
+        return -jnp.sum(times(_weighted(q, w, s), log_p), -1), lse if z is None else lse**2
 
-    loss, squared = _hide_uncounted(per_example, jnp.where(exists, x, 0), s)
+    loss, squared = _hide_uncounted(per_example, jnp.where(exists, x, 0), exists, s)
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, examples)
 
 
@@ -236,7 +236,8 @@ def token_stats(
     def capped(x):
         return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
-    prediction = jnp.argmax(jnp.where(exists, capped(x), -jnp.inf), -1).astype(jnp.int32)
+    some = exists | ~jnp.any(exists, -1, keepdims=True)
+    prediction = jnp.argmax(jnp.where(some, capped(x), -jnp.inf), -1).astype(jnp.int32)
     x = capped(jnp.where(exists & counted, x, 0))
     x = jnp.where(exists | ~counted, x, -jnp.inf)
     log_p, lse = _log_probs(x, -1)
@@ -371,9 +372,9 @@ def _logits(
     return logits if bias is None else logits + jnp.asarray(bias, wide)
 
 
-def _weighted(q, w):
-    """q * w; whatever the weight of a class without mass is."""
-    return q * blank_uncounted(q, w)
+def _weighted(q, w, s):
+    """q * w; whatever the weight of a class without mass is, or of one that is not counted."""
+    return q * blank_uncounted(q * s[..., None], w)
 
 
 def _number(value, dtype):
@@ -452,7 +453,7 @@ def _read(
     classes = along(-1, x.ndim, jnp.arange(num_classes))
     t = (index[..., None] == classes).astype(x.dtype)
     t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
-    target_weight = jnp.where(index < 0, 1, jnp.sum(_weighted(t, w), -1))
+    target_weight = jnp.where(index < 0, 1, jnp.sum(_weighted(t, w, s), -1))
     mean_weight = s * blank_uncounted(s, target_weight)
     poison = 1 + nan_where((index < 0) & (s != 0), x.dtype)
     return x, exists, t, s, w, mean_weight, poison, examples
@@ -465,12 +466,13 @@ def _log_probs(x, axis):
     return x - m - log_sum, jnp.squeeze(m + log_sum, axis)
 
 
-def _hide_uncounted(per_example, x, s):
-    """`per_example(x)`, and 0 for an example that is neither counted nor finite."""
-    peak = jnp.max(jax.lax.stop_gradient(x), -1, keepdims=True)
-    x = jnp.where((s == 0)[..., None] & ~jnp.isfinite(peak), 0, x)
-    hidden = (s == 0) & ~jnp.isfinite(sum(per_example(jax.lax.stop_gradient(x))))
-    values = per_example(jnp.where(hidden[..., None], 0, x))
+def _hide_uncounted(per_example, x, exists, s):
+    """`per_example(x, exists)`, and 0 for an example that is neither counted nor finite."""
+    fixed = jax.lax.stop_gradient(x)
+    lost = (s == 0) & ~jnp.isfinite(jnp.max(fixed, -1))
+    fixed = jnp.where(lost[..., None], 0, fixed)
+    hidden = lost | (s == 0) & ~jnp.isfinite(sum(per_example(fixed, exists)))
+    values = per_example(jnp.where(hidden[..., None], 0, x), exists | hidden[..., None])
     return [jnp.where(hidden, 0, value) for value in values]
 
 

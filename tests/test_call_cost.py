@@ -249,6 +249,16 @@ SYMBOLIC = {
 }
 
 
+def test_the_number_of_classes_may_be_symbolic_where_logits_are():
+    b, c = jax.export.symbolic_shape("b, c")
+    x, y = jax.ShapeDtypeStruct((b, c), "float32"), jax.ShapeDtypeStruct((b,), "int32")
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
+        loss = lambda x, y, options=options: jaxent.cross_entropy(x, y, axis=-1, **options)  # noqa: E731
+        exported = jax.export.export(jax.jit(jax.value_and_grad(loss)))(x, y)
+        for found, wanted in zip(exported.call(X, Y), jax.value_and_grad(loss)(X, Y)):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SYMBOLIC)
 def test_the_number_of_examples_may_be_symbolic(name):
     function, width = SYMBOLIC[name]

@@ -156,6 +156,8 @@ ONLY_CROSS_ENTROPY = {
     ),
     "smoothing a NumPy 1.5": ({"label_smoothing": np.array(1.5)}, ValueError, "must be in"),
     "smoothing nan": ({"label_smoothing": float("nan")}, ValueError, r"\[0, 1\], got nan"),
+    "z_loss inf": ({"z_loss": float("inf")}, ValueError, "z_loss must be finite, got inf"),
+    "z_loss 1e300": ({"z_loss": 1e300}, ValueError, "z_loss must be finite, got 1e"),
     "z_loss an array": ({"z_loss": jnp.zeros(4)}, ValueError, "z_loss must be a scalar"),
     "a z_loss of None": (
         {"z_loss": None},

@@ -239,6 +239,86 @@ def test_nan_in_a_counted_row_shows_where_its_loss_has_no_weight(kind, reduction
 
 
 @pytest.mark.parametrize("module", [jaxent, reference])
+def test_nan_weight_of_a_class_of_uncounted_mass_reaches_no_gradient(module):
+    logits, targets = np.array([[1, 2, 0.5], [0, -1, 3]], "float32"), np.eye(3, dtype="float32")[:2]
+    keywords = {"weight": np.array([1, NAN, 1], "float32"), "sample_weight": [1.0, 0.0]}
+    loss = lambda x, t: module.cross_entropy(x, t, **keywords)  # noqa: E731
+    gradient, by_target = jax.grad(loss, (0, 1))(logits, targets)
+    expected = jax.grad(lambda x: module.cross_entropy(x, np.array([0, -100])))(logits)
+    assert_close(gradient, expected, 2)
+    np.testing.assert_array_equal(by_target[1], 0)
+    by_kernel = jax.grad(lambda k: module.linear_cross_entropy(logits, k, targets, **keywords))
+    assert np.all(np.isfinite(by_kernel(np.eye(3, dtype="float32"))))
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_a_lost_row_of_weight_0_has_no_derivative_by_its_weight(module):
+    logits = np.array([[1, 2, 0.5], [NAN, -1, 3]], "float32")
+
+    def loss(weight):
+        return module.cross_entropy(logits, [0, 1], sample_weight=weight, reduction="sum")
+
+    gradient = jax.grad(loss)(jnp.array([1.0, 0.0]))
+    assert gradient[0] > 1 and gradient[1] == 0
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_uncounted_mass_on_an_excluded_class_reaches_no_gradient(module):
+    logits, targets = np.array([[1, 2, 0.5], [0, -1, 3]], "float32"), np.ones((2, 3), "float32")
+    targets[0, 2] = 0
+    keywords = {"class_mask": np.array([True, True, False]), "sample_weight": [1.0, 0.0]}
+    loss = lambda x, t: module.cross_entropy(x, t, **keywords)  # noqa: E731
+    for gradient in jax.grad(loss, (0, 1))(logits, targets):
+        assert np.all(np.isfinite(gradient[0, :2]))
+        np.testing.assert_array_equal(gradient[1], 0)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_a_denominator_of_0_is_the_constant_1(module):
+    logits, weight = np.array([[1, 2, 0.5], [0, -1, 3]], "float32"), jnp.array([0.0, 1, 1])
+
+    def loss(weight, reduction):
+        return module.cross_entropy(
+            logits, [0, 0], weight=weight, label_smoothing=0.1, reduction=reduction
+        )
+
+    mean, total = (jax.value_and_grad(loss)(weight, reduction) for reduction in ("mean", "sum"))
+    jax.tree.map(lambda a, b: assert_close(a, b, 4), mean, total)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
+def test_predictions_of_nan_and_of_no_class_are_argmax(module):
+    logits = np.array([[1, NAN, 2, NAN], [1, 2, 3, 0]], "float32")
+    eye = np.eye(4, dtype="float32")
+    mask = np.array([[True] * 4, [False] * 4])
+    for chunk_size in (None, 1, 2):
+        stats = module.linear_token_stats(
+            np.ones((1, 1), "float32"), logits[:1], [1], chunk_size=chunk_size
+        )
+        assert stats.prediction == 1 and stats.correct
+        stats = module.linear_token_stats(
+            np.nan_to_num(logits), eye, [1, 1], class_mask=mask, chunk_size=chunk_size
+        )
+        assert stats.prediction[1] == 2 and not stats.correct[1]
+    assert module.token_stats(logits, [1, 1]).prediction[0] == 1
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_entropy_over_chunks_of_the_smallest_logits_is_finite(chunk_size):
+    lowest = np.finfo("float32").min
+    bias = np.array([lowest, lowest, 0], "float32")
+    for order in ([0, 1, 2], [2, 0, 1]):
+        stats = jaxent.linear_token_stats(
+            np.ones((2, 1), "float32"),
+            np.zeros((1, 3), "float32"),
+            [0, 1],
+            bias=bias[order],
+            chunk_size=chunk_size,
+        )
+        np.testing.assert_array_equal(stats.entropy, 0)
+
+
+@pytest.mark.parametrize("module", [jaxent, reference])
 def test_nan_log_probabilities_show_where_they_are_read(module):
     log_probs, weight = np.array([[NAN, -1.0]], "float32"), np.array([0, 1], "float32")
     assert np.isnan(module.nll(log_probs, np.array([0]), weight=weight, reduction="sum"))

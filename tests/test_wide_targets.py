@@ -128,6 +128,52 @@ def test_a_negative_ignore_index_is_no_unsigned_target(function):
     assert np.isfinite(losses[0]) and np.isnan(losses[1])
 
 
+class OtherArray:
+    """What another library's array looks like to NumPy."""
+
+    def __init__(self, values):
+        self.values = np.asarray(values)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values if dtype is None else self.values.astype(dtype)
+
+
+@functions
+def test_targets_of_other_libraries_and_byte_orders_are_judged_too(function):
+    f = FUNCTIONS[function]
+    expected = np.asarray(f(np.array([2, 1])))
+    for dtype in (">i2", ">i4", ">i8", ">u8"):
+        np.testing.assert_array_equal(f(np.array([2, 1], dtype)), expected)
+    np.testing.assert_array_equal(f(OtherArray([2, 1])), expected)
+    one_by_one = [np.array(2**32 + 1), np.array(1)]
+    for wide in (OtherArray([2**32 + 1, 1]), np.array([2**32 + 1, 1], ">i8"), one_by_one):
+        losses = np.asarray(f(wide))
+        assert np.isnan(losses[0]) and losses[1] == expected[1]
+        with pytest.raises(ValueError, match=rf"targets\[0\] is {2**32 + 1}"):
+            jaxent.check_targets(wide, 3)
+
+
+def test_token_files_are_judged_too(tmp_path):
+    tokens = np.memmap(tmp_path / "tokens", dtype="int64", mode="w+", shape=(2,))
+    tokens[:] = [2**32 + 1, 0]
+    assert np.isnan(jaxent.cross_entropy(LOGITS, tokens))
+    with pytest.raises(ValueError, match=rf"targets\[0\] is {2**32 + 1}"):
+        jaxent.check_targets(tokens, 3)
+
+
+def test_an_empty_list_is_no_targets():
+    assert jaxent.cross_entropy(np.zeros((0, 3), "float32"), []) == 0
+    assert jaxent.total_weight([]) == 0
+
+
+def test_logits_of_other_byte_orders_are_what_they_are():
+    expected = jaxent.cross_entropy(LOGITS, [2, 1], weight=[1, 2, 3])
+    found = jaxent.cross_entropy(LOGITS.astype(">f4"), [2, 1], weight=np.array([1, 2, 3], ">f8"))
+    np.testing.assert_array_equal(found, expected)
+    found = jaxent.linear_cross_entropy(*(x.astype(">f4") for x in HEAD), [2, 1], weight=[1, 2, 3])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 # check_targets
 
 
