@@ -207,7 +207,7 @@ def _row_sums_fwd(axis, moment, *arguments):
     return packed, arguments
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)  # traced once for both of these
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once for both of these
 def _packed_sums(axis, moment, x, softcap, shift, exists, index, mass):
     def in_one_pass(x, softcap, shift, exists, index, mass):
         terms = _terms(axis, softcap, moment, x, shift, exists, index, mass)
