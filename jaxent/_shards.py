@@ -62,10 +62,14 @@ def whole_rows(
     return top, RowSums(**psum(parts, names))
 
 
-def whole_best(shift: Array, top: Array, best: Array, num_classes: int, names: Names) -> Array:
-    """The most probable class of whole rows, the first of equals, of each shard's own."""
+def whole_best(peak: Array, best: Array, num_classes: int, names: Names) -> Array:
+    """The most probable class of whole rows, the first of equals, of each shard's own.
+
+    `peak` is that class's logit, on each shard; NaN is above all.
+    """
     if not names:
         return best
     best = best.astype(jnp.int32) + first_class(num_classes, names)
-    largest = (shift == top) | jnp.isnan(shift)
+    peak = jax.lax.stop_gradient(peak)
+    largest = (peak == jax.lax.pmax(peak, names)) | jnp.isnan(peak)
     return jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)

@@ -32,32 +32,20 @@ from ._classes import one_hot, pick
 from ._numerics import blank_uncounted, compute_dtype, times, unless_zero
 
 
-def row_max(
-    axis: int, softcap: Any, x: Array, exists: Array | None, uncounted: Array | None = None
-) -> Array:
+def row_max(axis: int, softcap: Any, x: Array, exists: Array | None) -> Array:
     """Each row's largest logit among the classes that exist, as a constant, (..., 1, ...).
 
-    Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes.
+    Finite where all of them are -inf, which is no reason for NaN in a shard of a row's classes; and
+    in a row of NaN, as an eager gradient keeps it: it comes out of a program, where
+    `jax_debug_nans` sees it.
     """
     x = jax.lax.stop_gradient(x)
     x = x if exists is None else jnp.where(exists, x, -jnp.inf)
     axis %= x.ndim
     top = jax.lax.expand_dims(jax.lax.reduce_max(x, (axis,)), (axis,)).astype(compute_dtype(x))
     low = jnp.finfo(top.dtype).min
-    # A select stays out of XLA's reduction on a CPU, which takes twice as long over the second of
-    # four dimensions with `maximum` in it; over the last it does not, and the rest is shorter (jax
-    # 0.10.2).
-    last = _is_last(axis, x)
-    shift = cap(softcap, jnp.maximum(top, low) if last else jnp.where(top == -jnp.inf, low, top))
-    return shift if uncounted is None else finite_shift(shift, uncounted)
-
-
-def finite_shift(shift: Array, uncounted: Any) -> Array:
-    """The shift, 0 in an uncounted row of NaN or inf.
-
-    An eager gradient keeps it: it comes out of a program, where `jax_debug_nans` sees it.
-    """
-    return jnp.where(uncounted & ~jnp.isfinite(shift), 0, shift)
+    # What is asked of the row's target here, XLA's CPU compiler would ask for each class again.
+    return cap(softcap, jnp.where(top > low, top, low))
 
 
 def _shown(x, exists):

@@ -32,7 +32,7 @@ from ._chunks import (
 )
 from ._classes import pick
 from ._numerics import compute_dtype, times
-from ._softmax import RowSums, cap, finite_shift, product, unless_lost
+from ._softmax import RowSums, cap, product, unless_lost
 
 
 def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
@@ -73,7 +73,8 @@ def _packed_sums(plan, head, fixed):
 
 def _packed_sums_fwd(plan, head, fixed):
     shift, sums, best = streamed_sums(plan, head, fixed)
-    shift = finite_shift(shift, fixed.uncounted)
+    # 0 in an uncounted row of NaN: an eager gradient keeps it, where `jax_debug_nans` sees it.
+    shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
     return _pack(shift, sums, best), (head, fixed, shift)
 
 

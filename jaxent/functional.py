@@ -289,20 +289,18 @@ def cross_entropy(
 @compiled
 def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
     axis, reduction, examples, classes = options
-    rows, _, shift, sums = rows_of_logits(axis, logits, given, classes)
+    rows, shift, sums = rows_of_logits(axis, logits, given, classes)
     return reduced_loss(rows, given.z_loss, shift, sums, reduction, examples)
 
 
 def rows_of_logits(
     axis: int, logits: Array, given: Given, classes: Names, moment: bool = False
-) -> tuple[Rows, Any, Any, RowSums]:
-    """What the targets are; of each row of logits the shift of the classes that are here, and
-    shift and sums of all of them."""
+) -> tuple[Rows, Any, RowSums]:
+    """What the targets are, and shift and sums of each row of logits, of all of its classes."""
     rows = make_rows(axis, logits.shape, compute_dtype(logits), given, classes)
-    shift = row_max(axis, given.softcap, logits, rows.exists, rows.uncounted)
+    shift = row_max(axis, given.softcap, logits, rows.exists)
     sums = row_sums(axis, given.softcap, logits, shift, rows.exists, rows.here, rows.mass, moment)
-    top, sums = whole_rows(shift, sums, rows.index, rows.here, rows.uncounted, classes)
-    return rows, shift, top, sums
+    return rows, *whole_rows(shift, sums, rows.index, rows.here, rows.uncounted, classes)
 
 
 def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):

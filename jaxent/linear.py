@@ -223,7 +223,7 @@ def rows_of_head(
         shift, sums, best = head_sums(fitted, head, fixed._replace(target=here))
         top, sums = whole_rows(shift, sums, index, here, fixed.uncounted, names)
         if best is not None:
-            best = whole_best(shift, top, best, num_classes, names)
+            best = whole_best(shift, best, num_classes, names)
         return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
 
     return rows, *on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)

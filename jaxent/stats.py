@@ -95,13 +95,14 @@ def token_stats(
 @compiled
 def _token_stats(options: Options, logits: Array, given: Given) -> TokenStats:
     axis, classes, softcap = options.axis, options.classes, given.softcap
-    rows, shift, top, sums = rows_of_logits(axis, logits, given, classes, moment=True)
+    rows, top, sums = rows_of_logits(axis, logits, given, classes, moment=True)
     # Of the capped logits, where the cap makes equals of different ones.
     scores = cap(softcap, logits.astype(compute_dtype(logits)))
     if rows.exists is not None:
         scores = jnp.where(rows.exists, scores, -jnp.inf)
-    best = first_best(jax.lax.stop_gradient(scores), axis)
-    prediction = whole_best(shift, top, best, logits.shape[axis], classes)
+    scores = jax.lax.stop_gradient(scores)
+    peak, best = jnp.max(scores, axis, keepdims=True), first_best(scores, axis)
+    prediction = whole_best(peak, best, logits.shape[axis], classes)
     return _stats(rows, top, sums, prediction)
 
 
