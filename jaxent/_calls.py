@@ -85,17 +85,16 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
         hints = [
             f"{k} is called {_ours(k, signature)} here" for k in unknown if _ours(k, signature)
         ]
+        by_position, others = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_KEYWORD
         kinds = {k: p.kind for k, p in signature.parameters.items() if k != "self"}
-        kinds = {k: kind for k, kind in kinds.items() if kind != inspect.Parameter.VAR_KEYWORD}
-        positional = [
-            k for k, kind in kinds.items() if kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ]
+        positional = [k for k, kind in kinds.items() if kind == by_position]
         if len(args) > len(positional) + ("self" in signature.parameters):
             hints.append(
                 f"only {', '.join(positional)} are taken by position, and the rest by name "
                 "(weight=..., reduction=...)"
             )
-        hint = "; ".join(hints) or f"its arguments are {', '.join(kinds)}"
+        named = [k for k, kind in kinds.items() if kind != others]
+        hint = "; ".join(hints) or f"its arguments are {', '.join(named)}"
         return f"{name}: {error}; {hint}"
     return None
 

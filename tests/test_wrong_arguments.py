@@ -108,10 +108,6 @@ def refused(argument, function, *args, **keywords):
     return False
 
 
-def is_taken_by(name, argument):
-    return argument in inspect.signature(CALLS[name][0]).parameters
-
-
 CASES = [
     (name, argument)
     for name, (function, _) in CALLS.items()
