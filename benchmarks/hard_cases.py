@@ -162,6 +162,29 @@ def large_logits():
     return relative_error(np.random.default_rng(0).normal(size=(64, 1000)) + 1e4, "float32")
 
 
+def nearly_certain(of_gradient):
+    """Logits (20, 0) in float32, of which the first is the target: its loss, or its gradient."""
+    logits, labels = np.array([[20, 0]], "float32"), np.array([0], "int64")
+
+    def by_jax(mean):
+        def run():
+            value, gradient = jax.value_and_grad(lambda x: mean(x, jnp.asarray(labels)))(
+                jnp.asarray(logits)
+            )
+            return gradient[0, 0] if of_gradient else value
+
+        return run
+
+    def pytorch():
+        x = torch.tensor(logits, requires_grad=True)
+        loss = torch_mean(x, labels)
+        loss.backward()
+        return (x.grad[0, 0] if of_gradient else loss).item()
+
+    means = {"optax": optax_mean, "t5x": t5x_mean, "jaxent": jaxent.cross_entropy}
+    return {name: by_jax(mean) for name, mean in means.items()} | {"PyTorch": pytorch}
+
+
 def sharded_classes():
     """Uniform logits of 8 classes over 8 devices of an explicit mesh: log 8."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -237,6 +260,8 @@ CASES = {
     "mean over padding alone": ("0", nothing_counted()),
     "bfloat16 logits, 50257 classes: error of a loss": ("0", half_precision()),
     "float32 logits near 10000: error of a loss": ("0", large_logits()),
+    "float32 logits (20, 0), the first the target: the loss": ("2e-09", nearly_certain(False)),
+    "the same: its gradient": ("-2e-09", nearly_certain(True)),
     "classes sharded, explicit mesh, under `jit`": ("2.08", sharded_classes()),
     "gradient of the z-loss coefficient": ("1.92", gradient_of_z_loss()),
     "gradient of a class weight": ("1.39", gradient_of_class_weights()),

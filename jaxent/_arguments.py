@@ -331,8 +331,13 @@ def read_z_loss(z_loss: Any) -> Any:
     return _read_coefficient("z_loss", z_loss, -math.inf, math.inf)
 
 
-def _read_coefficient(name: str, value: Any, low: float, high: float) -> Any:
-    """A scalar, or None for a Python 0; Python numbers are range-checked."""
+def read_logit_scale(logit_scale: Any) -> Any:
+    """A scalar, or None for a Python 1."""
+    return _read_coefficient("logit_scale", logit_scale, -math.inf, math.inf, neutral=1)
+
+
+def _read_coefficient(name: str, value: Any, low: float, high: float, neutral: float = 0) -> Any:
+    """A scalar, or None for the Python number that changes nothing; those are range-checked."""
     array = _read_real(name, value)
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got {describe(array)}")
@@ -341,7 +346,7 @@ def _read_coefficient(name: str, value: Any, low: float, high: float) -> Any:
         if not (np.isfinite(array) and low <= array <= high):
             wanted = "finite" if high == math.inf else f"in [{low}, {high}]"
             raise ValueError(f"{name} must be {wanted}, got {value}")
-        if array == 0:
+        if array == neutral:
             return None
     return array
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import Partial
 
 from ._axes import Names, num_shards, vary_like
 from ._numerics import compute_dtype
-from ._softmax import row_gradients
+from ._rows import Transform, row_gradients
+from ._targets import TargetMass
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
 # took the same time for 2048 tokens (within 5 %), and 4096 more.
@@ -48,7 +48,8 @@ class Head(NamedTuple):
     hidden: Array  # (N, D)
     kernel: Array  # (D, C) or (C, D), or this shard's part of D
     bias: Array | None  # (1, C)
-    mass: Partial | None  # exists -> (N, C), its arrays scalars, (N, 1), (1, C) or (N, C)
+    mass: TargetMass | None  # its arrays scalars, (N, 1), (1, C) or (N, C)
+    scale: Any = None  # of the logits, a scalar
 
 
 class Fixed(NamedTuple):
@@ -58,25 +59,34 @@ class Fixed(NamedTuple):
     target: Array | None = None  # int32, (N, 1), < 0 for none; None for no class indices
     uncounted: Any = False  # bool, (N, 1)
     softcap: Any = None
+    best: Array | None = None  # int32, (N, 1): the most probable class, once it is known
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    head: Head
-    exists: Array | None  # among the classes of this chunk
-    fresh: Array | None  # those which no earlier chunk had; None if all
-    index: Array | None  # relative to the chunk; outside [0, chunk) for other classes
+    head: Head  # without target mass on classes that an earlier chunk had
+    class_mask: Array | None  # of the classes that exist, and that no earlier chunk had
     start: Array
+    first: Array  # the first class that no earlier chunk had
 
-    @property
-    def shown(self):
-        if self.exists is None or self.fresh is None:
-            return self.fresh if self.exists is None else self.exists
-        return self.exists & self.fresh
+    def local_index(self, index: Array | None) -> Array | None:
+        """Relative to the chunk; outside of it for other chunks' classes."""
+        return None if index is None else jnp.where(index >= self.first, index - self.start, -1)
 
-    def mass(self, head):
-        q = head.mass(self.exists)
-        return q if self.fresh is None else jnp.where(self.fresh, q, 0)
+
+def transform_of(head: Head, fixed: Fixed) -> Transform:
+    return Transform(head.scale, fixed.softcap)
+
+
+def apart_and_target(plan: Plan, fixed: Fixed) -> tuple[Array | None, Array | None]:
+    """The class that is kept apart, and the target where that may be another one."""
+    if keeps_best_apart(plan, fixed):
+        return fixed.best, fixed.target
+    return fixed.target, None
+
+
+def keeps_best_apart(plan: Plan, fixed: Fixed) -> bool:
+    return plan.stats or fixed.target is None
 
 
 def on_platform(function, plan, *arguments):
@@ -99,30 +109,36 @@ def read_chunk(plan, head, fixed, i):
     """The i-th chunk. The last one ends with the classes, so it may begin with some seen before."""
     num_classes = head.kernel.shape[plan.class_axis]
     start = jnp.minimum(i * plan.chunk, num_classes - plan.chunk)
-    bias, mass, exists = jax.tree.map(
-        lambda table: (
-            take_slice(table, start, plan.chunk, -1) if _has_classes(table, num_classes) else table
-        ),
-        (head.bias, head.mass, fixed.exists),
-    )
     kernel = _read_kernel(plan, head.kernel, start)
+
+    def part(table):
+        return take_slice(table, start, plan.chunk, -1)
+
+    exists = None if fixed.exists is None else part(fixed.exists)
     if exists is not None:
         # 0 * NaN is NaN: what a class holds that no counted token has reaches no gradient.
         seen = exists & ~fixed.uncounted if exists.shape[0] != 1 else exists
         needed = jnp.expand_dims(jnp.any(seen, 0), 1 - plan.class_axis)
         finite = jnp.all(jnp.isfinite(kernel), 1 - plan.class_axis, keepdims=True)
         kernel = jnp.where(needed | finite, kernel, 0)
-    fresh = None
     if num_classes % plan.chunk:
         fresh = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
-    index = fixed.target
-    if index is not None:
-        index = jnp.where(index >= i * plan.chunk, index - start, -1)
-    return Chunk(Head(head.hidden, kernel, bias, mass), exists, fresh, index, start)
+        exists = fresh if exists is None else exists & fresh
+    head = head._replace(
+        kernel=kernel,
+        bias=None if head.bias is None else part(head.bias),
+        mass=None if head.mass is None else head.mass.by_class(part),
+    )
+    return Chunk(head, exists, start, i * plan.chunk)
 
 
-def _has_classes(table, num_classes):
-    return table.ndim == 2 and table.shape[-1] == num_classes
+def chunk_mass(plan: Plan, chunk: Chunk, num_classes: int, mass: TargetMass) -> TargetMass:
+    """Without the probabilities of classes that an earlier chunk had."""
+    if not num_classes % plan.chunk or mass.probabilities is None:
+        return mass
+    classes = chunk.start + jnp.arange(plan.chunk, dtype=jnp.int32)[None]
+    probabilities = jnp.where(classes >= chunk.first, mass.probabilities, 0)
+    return dataclasses.replace(mass, probabilities=probabilities)
 
 
 def take_slice(array, start, size, axis):
@@ -188,6 +204,7 @@ def zero_gradients(plan, head):
         kernel=_store(plan, jnp.zeros_like(head.kernel)),
         bias=None if head.bias is None else wide(head.bias),
         mass=jax.tree.map(jnp.zeros_like, head.mass),
+        scale=None if head.scale is None else wide(head.scale),
     )
     return vary_like(head.hidden, zeros)
 
@@ -221,13 +238,18 @@ def accumulate(plan, head, total, part, start, add=None):
         kernel = _store(plan, kernel.astype(head.kernel.dtype))
         kernel = jax.lax.dynamic_update_slice_in_dim(total.kernel, kernel, start, plan.class_axis)
 
-    def add_table(total, part):
-        if not _has_classes(total, num_classes):
-            return total + part
+    def add_columns(total, part):
         return (add or add_slice)(total, part, start, 1)
 
-    bias, mass = jax.tree.map(add_table, total[2:], part[2:])
-    return Head(total.hidden + part.hidden, kernel, bias, mass)
+    bias, mass = total.bias, total.mass
+    if bias is not None:
+        bias = add_columns(bias, part.bias)
+    if mass is not None:
+        columns = mass.by_class(add_columns, part.mass)
+        sums = jax.tree.map(jnp.add, mass.without_classes(), part.mass.without_classes())
+        mass = dataclasses.replace(sums, probabilities=columns.probabilities, weight=columns.weight)
+    scale = None if total.scale is None else total.scale + part.scale
+    return Head(total.hidden + part.hidden, kernel, bias, mass, scale)
 
 
 def add_slice(total, part, start, axis):
@@ -249,14 +271,20 @@ def chunk_gradients(plan, floats, fixed, i, logits=None):
         logits = chunk_logits(plan, chunk.head)
     q, pull = None, None
     if head.mass is not None:
-        q, pull = jax.vjp(lambda mass: chunk.mass(chunk.head._replace(mass=mass)), chunk.head.mass)
-    d_logits, d_q = row_gradients(
+
+        def values(mass):
+            num_classes = head.kernel.shape[plan.class_axis]
+            return chunk_mass(plan, chunk, num_classes, mass).values(chunk.class_mask)
+
+        q, pull = jax.vjp(values, chunk.head.mass)
+    apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
+    d_logits, d_transform, d_q = row_gradients(
         -1,
-        fixed.softcap,
+        transform_of(head, fixed),
         logits,
         shift,
-        chunk.shown,
-        chunk.index,
+        chunk.class_mask,
+        (apart, target),
         q,
         cotangents,
     )
@@ -266,7 +294,8 @@ def chunk_gradients(plan, floats, fixed, i, logits=None):
             d_kernel, plan.width, scatter_dimension=1 - plan.class_axis, tiled=True
         )
     d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
-    return chunk.start, Head(d_hidden, d_kernel, d_bias, None if pull is None else pull(d_q)[0])
+    d_mass = None if pull is None else pull(d_q)[0]
+    return chunk.start, Head(d_hidden, d_kernel, d_bias, d_mass, d_transform.scale)
 
 
 def choose_chunk(plan: Plan, head: Head) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
 
     def gather(arrays, index):
         def take(values):
-            return (_take_bits if values.dtype.itemsize == 2 else _take)(axis, values, index)
+            take = functools.partial(_take, axis, index=index)
+            return _by_bits(take, values) if values.dtype.itemsize == 2 else take(values)
 
         return function(*(None if values is None else take(values) for values in arrays))
 
@@ -35,10 +37,33 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
         values = function(*arrays)
         return jnp.sum(jnp.where(one_hot(index, values, axis), values, 0), axis, keepdims=True)
 
-    spec = jax.typeof(index).sharding.spec
-    if any(x is not None and jax.typeof(x).sharding.spec != spec for x in arrays):
+    if not is_split_alike(arrays, index):
         return masked_sum(arrays, index)
     return jax.lax.platform_dependent(arrays, index, cpu=gather, default=masked_sum)
+
+
+def is_split_alike(arrays: tuple, index: Array) -> bool:
+    """Whether an explicit mesh splits all of them as the index, or there is none."""
+    spec = jax.typeof(index).sharding.spec
+    return all(x is None or jax.typeof(x).sharding.spec == spec for x in arrays)
+
+
+def take_block(blocks: Array, which: Array) -> Array:
+    """Return one block, (N, B), of each row of blocks (N, K, B), or (1, K, B) of a table.
+
+    `which` is (N, 1).
+    """
+    if blocks.shape[0] == 1:
+        return blocks[0][which[:, 0]]
+    dimensions = jax.lax.GatherDimensionNumbers((1,), (1,), (1,), (0,), (0,))
+    size = (1, 1, blocks.shape[2])
+
+    def take(blocks):
+        return jax.lax.gather(blocks, which, dimensions, size, mode="clip")
+
+    if blocks.dtype.itemsize == 2:
+        return _by_bits(take, blocks)
+    return take(blocks)
 
 
 def _take(axis, values, index):
@@ -53,27 +78,40 @@ def _take(axis, values, index):
     return jax.lax.gather(values, index[..., None], dimensions, one, mode="clip")
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _take_bits(axis, values, index):
-    """Of half precision, which XLA's gather on the CPU makes a float32 copy of (jax 0.10.2)."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
-    return jax.lax.bitcast_convert_type(_take(axis, bits, index), values.dtype)
+def _by_bits(take, values):
+    """`take(values)`, a gather, of half precision, which XLA makes a float32 copy of on the CPU
+    (jax 0.10.2). Its bits it takes as they are."""
 
+    @jax.custom_jvp
+    def taken(values):
+        bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
+        return jax.lax.bitcast_convert_type(take(bits), values.dtype)
 
-@_take_bits.defjvp
-def _take_bits_jvp(axis, primals, tangents):
-    (values, index), (d_values, _) = primals, tangents
-    return _take_bits(axis, values, index), _take(axis, d_values, index)
+    taken.defjvp(lambda primals, tangents: (taken(*primals), take(*tangents)))
+    return taken(values)
 
 
 def one_hot(index: Array, x: Array, axis: int) -> Array:
     """Where the class is the one at the index (..., 1, ...), broadcastable to x."""
-    return index == _class_numbers(x, axis)
+    return index == class_numbers(x, axis)
 
 
-def _class_numbers(x, axis):
-    """The numbers of the classes, broadcastable to x, split as x is on an explicit mesh: else what
-    is compared with them is whole on each device, or gathered (jax 0.10.2 for TPUs)."""
+def not_at(index: Array, x: Array, dtype: Any) -> Array:
+    """Return 0 where the last axis' class is the one at the index (..., 1), else 1, of few classes.
+
+    It is products, which XLA's CPU compiler leaves to a library beside a sum of exponentials (jax
+    0.10.2 to 0.12.0.1). A select it does not, and writes all the exponentials, twice.
+    """
+    distance = jnp.arange(x.shape[-1], dtype=dtype) - index.astype(dtype)
+    return jnp.minimum(distance * distance, 1)
+
+
+def class_numbers(x: Array, axis: int) -> Array:
+    """Return the numbers of the classes, broadcastable to x.
+
+    They are split as x is on an explicit mesh. Else what is compared with them is whole on each
+    device, or gathered (jax 0.10.2 for TPUs).
+    """
     numbers = along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=jnp.int32))
     spec = jax.typeof(x).sharding.spec
     return numbers + zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
@@ -83,5 +121,5 @@ def first_best(scores: Array, axis: int) -> Array:
     """The first class of the largest score, as argmax; which, of sharded classes, gathers."""
     top = jnp.max(scores, axis, keepdims=True)
     best = (scores == top) | jnp.isnan(scores)
-    numbers = jnp.where(best, _class_numbers(scores, axis), scores.shape[axis])
+    numbers = jnp.where(best, class_numbers(scores, axis), scores.shape[axis])
     return jnp.min(numbers, axis, keepdims=True)

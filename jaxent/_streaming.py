@@ -1,7 +1,7 @@
 """The primitive of a classifier head: the row sums of `hidden @ kernel + bias`, streamed.
 
 The classes come in chunks. A pass over them computes a chunk's logits, (N, chunk), adds up
-what `_softmax` says of them relative to a running maximum, and forgets them; a second pass
+what `_rows` says of them relative to a running maximum, and forgets them; a second pass
 computes them again for the gradients. Nothing of the size tokens x classes is ever held, in
 second order neither: there, too, only tangents are carried from chunk to chunk.
 """
@@ -20,23 +20,28 @@ from ._chunks import (
     Head,
     Plan,
     accumulate,
+    apart_and_target,
     blank_hidden,
     chunk_gradients,
     chunk_logits,
+    chunk_mass,
     chunk_numbers,
+    keeps_best_apart,
     load_kernel,
     on_platform,
     read_chunk,
     scatter_slice,
+    transform_of,
     zero_gradients,
 )
-from ._classes import pick
-from ._numerics import compute_dtype, times
-from ._softmax import RowSums, cap, product, unless_lost
+from ._classes import first_best
+from ._dense import set_sums
+from ._numerics import compute_dtype
+from ._rows import RowSums, merge
 
 
 def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
-    """Shift, sums and most probable class of each token, (N, 1); of `_softmax.row_sums`.
+    """Shift, sums and most probable class of each token, (N, 1); of `_dense.row_sums`.
 
     Args:
       plan: the static part; with `stats` there is a moment and a most probable class.
@@ -49,7 +54,7 @@ def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Arr
     return jax.lax.stop_gradient(shift), sums, best
 
 
-# One array of floats, for `vmap`'s sake: see `_softmax`. The class has its own, as no float has
+# One array of floats, for `vmap`'s sake: see `_dense`. The class has its own, as no float has
 # the number of each: it is selected by the sums, so that `vmap` maps both or neither.
 def _pack(shift, sums, best):
     packed = jnp.concatenate(jax.tree.leaves((shift, sums)), -1)
@@ -59,11 +64,24 @@ def _pack(shift, sums, best):
 
 
 def _unpack(plan, head, fixed, packed):
-    mass = None if head.mass is None else 0
-    moment = 0 if plan.stats else None
-    asked = RowSums(0, moment, None if fixed.target is None else 0, mass, mass)
+    asked = _sums_like(plan, head, fixed, 0)
     structure = jax.tree.structure((0, asked))
     return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[-1], -1))
+
+
+def _sums_like(plan, head, fixed, value):
+    """Sums of this value, where they are asked for."""
+    best = keeps_best_apart(plan, fixed)
+    mass = None if head.mass is None else value
+    return RowSums(
+        left=value,
+        others=value,
+        moment=value if plan.stats else None,
+        target=value if best and fixed.target is not None else None,
+        left_mass=mass if best else None,
+        mass=mass,
+        mass_logit=mass,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,7 +93,7 @@ def _packed_sums_fwd(plan, head, fixed):
     shift, sums, best = streamed_sums(plan, head, fixed)
     # 0 in an uncounted row of NaN: an eager gradient keeps it, where `jax_debug_nans` sees it.
     shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
-    return _pack(shift, sums, best), (head, fixed, shift)
+    return _pack(shift, sums, best), (head, fixed._replace(best=best), shift)
 
 
 def _packed_sums_bwd(plan, residuals, cotangent):
@@ -102,80 +120,63 @@ def streamed_sums(plan, head, fixed):
 
 
 def sums_pass(plan, head, fixed, keep=False):
-    index = fixed.target
     dtype = compute_dtype(plan)
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
+    of_best = keeps_best_apart(plan, fixed)
+    transform = transform_of(head, fixed)
 
     def step(carry, i):
-        shift, total, moment, picked, mass_sum, target_sum, best = carry
+        shift, sums, best = carry
         chunk = read_chunk(plan, head, fixed, i)
         logits = chunk_logits(plan, chunk.head)
-        z = cap(fixed.softcap, logits)
-        if chunk.shown is not None:
-            z = jnp.where(chunk.shown, z, -jnp.inf)
+        z = transform(logits)
+        if chunk.class_mask is not None:
+            z = jnp.where(chunk.class_mask, z, -jnp.inf)
         top = jnp.max(z, -1, keepdims=True)
-        if plan.stats:
-            first = jnp.argmax(z, -1, keepdims=True).astype(jnp.int32)
-            better = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
-            best = jnp.where(better, chunk.start + first, best)
+        target = chunk.local_index(fixed.target)
+        has_target = None if target is None else (target >= 0) & (target < plan.chunk)
+        if of_best:
+            apart = first_best(z, -1)
+            stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
+            best = jnp.where(stays, chunk.start + apart, best)
+        else:
+            apart, target, stays = target, None, has_target
         change = shift - jnp.maximum(shift, top)
         shift = jnp.maximum(shift, top)
-        centred = z - shift
-        if plan.stats:
-            moment = jnp.exp(change) * moment + times(jnp.exp(change) * total, change)
-            moment += jnp.sum(product(jnp.exp(centred), centred), -1, keepdims=True)
-        total = jnp.exp(change) * total + jnp.sum(jnp.exp(centred), -1, keepdims=True)
-        if index is not None:
-            here = (chunk.index >= 0) & (chunk.index < plan.chunk)
-            picked = jnp.where(here, pick((z,), chunk.index, -1), picked)
-        if head.mass is not None:
-            q = unless_lost(chunk.mass(chunk.head), centred)
-            target_sum += times(mass_sum, change) + jnp.sum(product(q, centred), -1, keepdims=True)
-            mass_sum += jnp.sum(q, -1, keepdims=True)
-        carry = shift, total, moment, picked, mass_sum, target_sum, best
-        return carry, logits if keep else None
+        part = _chunk_sums(plan, head, chunk, logits, transform, shift, (apart, target))
+        sums = merge(sums.rebase(change), part, stays, has_target)
+        return (shift, sums, best), logits if keep else None
 
     # Below all logits, and finite: -inf - -inf is NaN.
     lowest = zeros + jnp.finfo(dtype).min
-    init = (lowest, *(zeros,) * 5, jnp.zeros(zeros.shape, jnp.int32))
-    init = vary_like(head.hidden, init)
-    carry, kept = jax.lax.scan(step, init, chunk_numbers(plan, head))
-    shift, total, moment, picked, mass_sum, target_sum, best = carry
-    sums = RowSums(
-        total=total,
-        moment=moment if plan.stats else None,
-        picked=None if index is None else picked - shift,
-        mass_sum=None if head.mass is None else mass_sum,
-        target_sum=None if head.mass is None else target_sum,
-    )
-    out = shift, sums, best if plan.stats else None
+    none = _sums_like(plan, head, fixed, zeros)._replace(left=zeros - jnp.inf)
+    best = jnp.zeros(zeros.shape, jnp.int32) if of_best else None
+    init = vary_like(head.hidden, (lowest, none, best))
+    out, kept = jax.lax.scan(step, init, chunk_numbers(plan, head))
     return (out, kept) if keep else out
+
+
+def _chunk_sums(plan, head, chunk, logits, transform, shift, index):
+    mass = chunk.head.mass
+    if mass is not None:
+        mass = chunk_mass(plan, chunk, head.kernel.shape[plan.class_axis], mass)
+    return set_sums(-1, plan.stats, logits, transform, shift, chunk.class_mask, index, mass)
 
 
 @streamed_sums.defjvp
 def _sums_jvp(plan, primals, tangents):
     head, fixed = primals
     shift, sums, best = streamed_sums(plan, *primals)
+    fixed = fixed._replace(best=best)
     plan = _finer(plan)
-    finite = (sums.total > 0) & (sums.total < jnp.inf)
 
     def local(head, i):
         """Sums over a chunk, with the derivatives of its share in those over all."""
         chunk = read_chunk(plan, head, fixed, i)
-        centred = cap(fixed.softcap, chunk_logits(plan, chunk.head)) - shift
-        if chunk.shown is not None:
-            centred = jnp.where(chunk.shown, centred, -jnp.inf)
-        exps = jnp.exp(jnp.where(finite, centred, -jnp.inf))
-        parts = {"total": exps}
-        if plan.stats:
-            parts["moment"] = product(exps, centred)
-        if fixed.target is not None:
-            here = (chunk.index >= 0) & (chunk.index < plan.chunk)
-            parts["picked"] = jnp.where(here, pick((centred,), chunk.index, -1), 0)
-        if head.mass is not None:
-            parts["mass_sum"] = q = unless_lost(chunk.mass(chunk.head), centred)
-            parts["target_sum"] = product(q, centred)
-        return RowSums(**{k: jnp.sum(v, -1, keepdims=True) for k, v in parts.items()})
+        logits = chunk_logits(plan, chunk.head)
+        index = tuple(map(chunk.local_index, apart_and_target(plan, fixed)))
+        transform = transform_of(head, fixed)
+        return _chunk_sums(plan, head, chunk, logits, transform, shift, index)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(d_sums, i):

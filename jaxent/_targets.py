@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import Partial
 
 from ._arguments import (
     is_float,
     read_class_mask,
     read_label_smoothing,
+    read_logit_scale,
     read_sample_weight,
     read_softcap,
     read_weight,
@@ -25,6 +25,7 @@ from ._arguments import (
 from ._axes import Names, local_index, num_shards, psum, zeros_like
 from ._classes import along, pick
 from ._numerics import blank_uncounted, nan_where
+from ._rows import Transform
 
 
 class Given(NamedTuple):
@@ -38,6 +39,11 @@ class Given(NamedTuple):
     class_mask: Any = None
     z_loss: Any = None
     softcap: Any = None
+    logit_scale: Any = None
+
+    @property
+    def transform(self) -> Transform:
+        return Transform(self.logit_scale, self.softcap)
 
 
 def read_given(
@@ -53,6 +59,7 @@ def read_given(
     class_mask: Any = None,
     z_loss: Any = 0.0,
     softcap: Any = None,
+    logit_scale: Any = 1.0,
 ) -> Given:
     """Check the arguments of a loss of logits of this shape, called `name`; targets are read."""
     per_example = shape[:axis] + shape[axis + 1 :]
@@ -65,7 +72,65 @@ def read_given(
         class_mask=read_class_mask(class_mask, shape, axis, name),
         z_loss=read_z_loss(z_loss),
         softcap=read_softcap(softcap),
+        logit_scale=read_logit_scale(logit_scale),
     )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=[],
+    data_fields=["probabilities", "sample_weight", "smoothing", "share", "weight"],
+)
+@dataclasses.dataclass(frozen=True)
+class TargetMass:
+    """A target mass over classes, q = w * ((1 - eps) * probabilities + eps / C), as its arrays.
+
+    C counts the classes that exist, whose share is 1 / C. Beside an index, it is the part that
+    smoothing spreads, and there are no probabilities. None leaves a part out.
+    """
+
+    probabilities: Any  # (..., C, ...)
+    sample_weight: Any  # (..., 1, ...)
+    smoothing: Any  # a scalar
+    share: Any  # a scalar, or (..., 1, ...)
+    weight: Any  # (1, C, 1, ...)
+
+    def values(self, class_mask: Any) -> Array:
+        """Return q, broadcastable to the logits."""
+        q: Any = None
+        if self.probabilities is not None:
+            q = blank_uncounted(self.sample_weight, self.probabilities.astype(self.share.dtype))
+        if self.smoothing is not None:
+            share = self.share if class_mask is None else jnp.where(class_mask, self.share, 0)
+            uniform = self.smoothing * share
+            q = uniform if q is None else (1 - self.smoothing) * q + uniform
+        if self.weight is None:
+            return q
+        # Whatever the weight of a class without mass is, NaN too; and in a row that is not counted.
+        asked = q if self.sample_weight is None else q * self.sample_weight
+        return q * blank_uncounted(asked, self.weight)
+
+    def at(self, index: Array, axis: int, class_mask: Any) -> Array:
+        """Return q at class indices (..., 1, ...); any value where they are < 0."""
+
+        def values(probabilities, weight, class_mask):
+            here = dataclasses.replace(self, probabilities=probabilities, weight=weight)
+            return here.values(class_mask)
+
+        return pick((self.probabilities, self.weight, class_mask), index, axis, values)
+
+    def by_class(self, function: Any, *others: "TargetMass") -> "TargetMass":
+        """Return the mass with what has a class axis put through a function, with the others'."""
+        parts = {
+            name: function(*(getattr(mass, name) for mass in (self, *others)))
+            for name in ("probabilities", "weight")
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(self, **parts)
+
+    def without_classes(self) -> "TargetMass":
+        """Return the mass without what has a class axis."""
+        return dataclasses.replace(self, probabilities=None, weight=None)
 
 
 @functools.partial(
@@ -95,7 +160,7 @@ class Rows:
     index: Array | None  # int32, -1 if out of range; None for probabilities
     here: Array | None  # the same relative to this shard's classes; -1 for other shards' too
     picked_weight: Array | None  # None for 1; of each example, or a scalar
-    mass: Partial | None  # exists -> (..., C, ...), broadcastable to the logits
+    mass: TargetMass | None
     sample_weight: Array  # 0 for examples that are not counted
     scale: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
@@ -143,7 +208,7 @@ def make_rows(
             index=None,
             here=None,
             picked_weight=None,
-            mass=Partial(_mass, targets, sample_weight, smoothing, share, weight),
+            mass=TargetMass(targets, sample_weight, smoothing, share, weight),
             sample_weight=sample_weight,
             scale=sample_weight,
             denominator=sample_weight,
@@ -168,7 +233,7 @@ def make_rows(
     mass = None
     if smoothing is not None:
         picked_weight = (1 - smoothing) * (1 if picked_weight is None else picked_weight)
-        mass = Partial(_mass, None, None, smoothing, share, weight)
+        mass = TargetMass(None, None, smoothing, share, weight)
     return Rows(
         axis=axis,
         exists=exists,
@@ -210,19 +275,6 @@ def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
     """The class weight of each row's target; any value for an index out of range."""
     chosen = pick((weight,), here, axis)
     return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
-
-
-def _mass(targets, sample_weight, smoothing, share, weight, exists):
-    """q = w * ((1 - eps) * targets + eps / C), C counting the classes that exist."""
-    mass = None if targets is None else blank_uncounted(sample_weight, targets.astype(share.dtype))
-    if smoothing is not None:
-        uniform = smoothing * (share if exists is None else jnp.where(exists, share, 0))
-        mass = uniform if mass is None else (1 - smoothing) * mass + uniform
-    if weight is None:
-        return mass
-    # Whatever the weight of a class without mass is, NaN too; and in a row that is not counted.
-    asked = mass if sample_weight is None else mass * sample_weight
-    return mass * blank_uncounted(asked, weight)
 
 
 def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:

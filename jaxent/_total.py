@@ -29,7 +29,7 @@ from ._chunks import (
     zero_gradients,
 )
 from ._numerics import compute_dtype
-from ._softmax import RowSums
+from ._rows import RowSums
 from ._streaming import head_sums, streamed_sums, sums_pass
 
 
@@ -116,7 +116,8 @@ def _blocks_pass(plan, floats, fixed, terms):
             ((floats[0]._replace(kernel=None), floats[1]), fixed),
         )
         head = head._replace(kernel=floats[0].kernel)
-        (shift, sums, _), logits = sums_pass(plan, head, fixed_here, keep=True)
+        (shift, sums, best), logits = sums_pass(plan, head, fixed_here, keep=True)
+        fixed_here = fixed_here._replace(best=best)
 
         def block_total(rows, sums):
             fresh = start + jnp.arange(size, dtype=jnp.int32)[:, None] >= i * size

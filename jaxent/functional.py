@@ -12,7 +12,6 @@ Nothing but the row sums has a hand-written gradient.
 """
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,11 +33,19 @@ from ._arguments import (
 )
 from ._axes import AxisName, Names, local_index, num_shards, read_axis_names
 from ._calls import compiled, public
-from ._classes import along
+from ._classes import along, one_hot
+from ._dense import a_largest, first_largest, row_max, row_sums
 from ._numerics import blank_uncounted, compute_dtype, times
 from ._reduction import reduce, total
-from ._shards import whole_rows
-from ._softmax import RowSums, has_log, hide, row_max, row_sums
+from ._rows import (
+    RowSums,
+    Transform,
+    combine_argmax,
+    combine_shards,
+    is_finite,
+    log_total,
+    surprise,
+)
 from ._targets import (
     Given,
     Rows,
@@ -108,10 +115,18 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     exists = class_table(class_mask, logits.shape, axis)
     x = logits.astype(compute_dtype(logits))
     finite = None if exists is None else read_existing(exists, axis, classes)[0]
-    shift = row_max(axis, None, x, finite)
-    sums = row_sums(axis, None, x, shift, finite, None, None)
-    shift, sums = whole_rows(shift, sums, None, None, False, classes)
-    log_probs = x - shift - jnp.log(sums.total)
+    shift, top = row_max(axis, Transform(), x, finite)
+    own = a_largest(axis, Transform(), x, top, finite)
+    best = _most_probable(own, shift, x.shape[axis], classes)
+    sums = row_sums(axis, Transform(), x, shift, finite, (best.own, None), None)
+    index, here = (best.whole, None), (best.here, None)
+    shift, sums = combine_shards(shift, sums, index, here, False, classes)
+    # Not x - shift - log_total of the largest, which would be 0 where that is nearly certain.
+    log_probs = jnp.where(
+        one_hot(best.here, x, axis),
+        -surprise(sums.left, sums.others),
+        x - shift - log_total(sums.left, sums.others),
+    )
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
     return log_probs.astype(logits.dtype)
@@ -177,8 +192,9 @@ def nll(
 def _nll(options: Options, log_probs: Array, given: Given) -> Array:
     axis, reduction, examples, classes = options
     rows = make_rows(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
-    sums = row_sums(axis, None, log_probs, None, None, rows.here, rows.mass)
-    _, sums = whole_rows(None, sums, rows.index, rows.here, rows.uncounted, classes)
+    index, here = (rows.index, None), (rows.here, None)
+    sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass)
+    _, sums = combine_shards(None, sums, index, here, rows.uncounted, classes)
     return reduced_loss(rows, None, None, sums, reduction, examples)
 
 
@@ -195,6 +211,7 @@ def cross_entropy(
     sample_weight: ArrayOrList | None = None,
     class_mask: ArrayOrList | None = None,
     z_loss: ArrayLike = 0.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
@@ -237,6 +254,8 @@ def cross_entropy(
         actions). (C,) lies along the class axis; otherwise it has the dimensions of the
         logits and broadcasts. Target mass on such a class makes the loss +inf.
       z_loss: coefficient of the squared log-normalizer, a float or a traced scalar.
+      logit_scale: logits become logit_scale * logits, before `softcap`; a float or a traced
+        scalar, differentiable. A temperature T is logit_scale=1 / T.
       softcap: logits become softcap * tanh(logits / softcap), before `class_mask`.
       axis_name: mapped axis or axes over which examples are split; "sum" and "mean" are
         those of the whole.
@@ -280,6 +299,7 @@ def cross_entropy(
         sample_weight=sample_weight,
         class_mask=class_mask,
         z_loss=z_loss,
+        logit_scale=logit_scale,
         softcap=softcap,
     )
     examples, classes = read_axis_names(x, axis_name=axis_name, class_axis_name=class_axis_name)
@@ -289,18 +309,47 @@ def cross_entropy(
 @compiled
 def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
     axis, reduction, examples, classes = options
-    rows, shift, sums = rows_of_logits(axis, logits, given, classes)
+    rows, shift, sums, _ = rows_of_logits(axis, logits, given, classes)
     return reduced_loss(rows, given.z_loss, shift, sums, reduction, examples)
 
 
+class MostProbable(NamedTuple):
+    """The most probable class of each row, int32, (..., 1, ...)."""
+
+    own: Array  # among this shard's classes
+    whole: Array  # of all
+    here: Array  # the same relative to this shard's classes; -1 if it is another shard's
+
+
+def _most_probable(own: Array, peak: Array, num_classes: int, classes: Names) -> MostProbable:
+    whole = combine_argmax(peak, own, num_classes, classes)
+    return MostProbable(own, whole, local_index(whole, num_classes, classes))
+
+
 def rows_of_logits(
-    axis: int, logits: Array, given: Given, classes: Names, moment: bool = False
-) -> tuple[Rows, Any, RowSums]:
-    """What the targets are, and shift and sums of each row of logits, of all of its classes."""
+    axis: int, logits: Array, given: Given, classes: Names, stats: bool = False
+) -> tuple[Rows, Any, RowSums, Any]:
+    """What the targets are; shift and sums of each row of logits, of all of its classes; and, for
+    statistics or probabilities, its most probable class, which is then the one apart."""
     rows = make_rows(axis, logits.shape, compute_dtype(logits), given, classes)
-    shift = row_max(axis, given.softcap, logits, rows.exists)
-    sums = row_sums(axis, given.softcap, logits, shift, rows.exists, rows.here, rows.mass, moment)
-    return rows, *whole_rows(shift, sums, rows.index, rows.here, rows.uncounted, classes)
+    transform, exists = given.transform, rows.exists
+    shift, top = row_max(axis, transform, logits, exists)
+    own, whole, here = rows.here, rows.index, rows.here
+    if stats or whole is None:
+        peak = shift
+        if stats:
+            best, peak = first_largest(axis, transform, logits, exists)
+        else:
+            best = a_largest(axis, transform, logits, top, exists)
+        own, whole, here = _most_probable(best, peak, logits.shape[axis], classes)
+    target, target_here = (rows.index, rows.here) if stats else (None, None)
+    sums = row_sums(
+        axis, transform, logits, shift, exists, (own, target_here), rows.mass, moment=stats
+    )
+    shift, sums = combine_shards(
+        shift, sums, (whole, target), (here, target_here), rows.uncounted, classes
+    )
+    return rows, shift, sums, whole
 
 
 def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):
@@ -322,34 +371,41 @@ def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: 
     return reduce(loss_terms(rows, z_loss, shift, sums), reduction, examples)
 
 
-def loss_terms(rows: Rows, z_loss: Array | None, shift: Array | None, sums: RowSums):
+def loss_terms(
+    rows: Rows, z_loss: Array | None, shift: Any, sums: RowSums
+) -> list[tuple[Array, Array]]:
     """Pairs of (numerator, denominator) of the examples: the loss, and z-loss if there is one."""
-
-    def per_example(shift, log_sum, sums):
-        loss = 0
-        if sums.picked is not None:
-            loss = log_sum - sums.picked
-            if rows.picked_weight is not None:
-                loss = times(rows.picked_weight, loss)
-        if sums.mass_sum is not None:
-            loss += times(sums.mass_sum, log_sum) - sums.target_sum
-        return loss, None if z_loss is None else (shift + log_sum) ** 2
-
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
-    # would be 0 * inf. Whether it is finite is asked with 0 for a logarithm that there is.
-    values = per_example(*jax.lax.stop_gradient((shift, 0, sums)))
-    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, jax.tree.leaves(values)))
-    if sums.total is not None:
-        finite &= has_log(sums.total)
-    shift, sums = hide(rows.uncounted & ~finite, shift, sums)
-    loss, squared_normalizer = per_example(
-        shift, 0 if sums.total is None else jnp.log(sums.total), sums
-    )
+    # would be 0 * inf.
+    finite = is_finite(sums) if z_loss is None else is_finite(sums) & jnp.isfinite(shift * shift)
+    hidden = rows.uncounted & ~jax.lax.stop_gradient(finite)
+    sums = sums.blank(hidden)
+    loss = _loss_of_log_probs(rows, sums) if sums.others is None else _loss(rows, sums)
     terms = [(rows.scale * loss, rows.denominator)]
     if z_loss is not None:
         z_loss = z_loss.astype(shift.dtype)
-        terms.append((times(z_loss, rows.scale * squared_normalizer), rows.sample_weight))
+        normalizer = jnp.where(hidden, 0, shift) + log_total(sums.left, sums.others)
+        terms.append((times(z_loss, rows.scale * normalizer**2), rows.sample_weight))
     return terms
+
+
+def _loss(rows, sums):
+    loss = surprise(sums.left, sums.others)
+    if sums.left_mass is not None:
+        mass_logit = sums.mass_logit - times(sums.mass, sums.left)
+        return times(sums.mass + sums.left_mass, loss) - mass_logit
+    if rows.picked_weight is not None:
+        loss = times(rows.picked_weight, loss)
+    if sums.mass is not None:
+        loss += times(sums.mass, log_total(sums.left, sums.others)) - sums.mass_logit
+    return loss
+
+
+def _loss_of_log_probs(rows, sums):
+    loss = 0
+    if sums.left is not None:
+        loss = -sums.left if rows.picked_weight is None else times(rows.picked_weight, -sums.left)
+    return loss if sums.mass is None else loss - sums.mass_logit
 
 
 @public

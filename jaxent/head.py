@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ._arguments import ArrayOrList, describe, read_class_mask
-from ._numerics import compute_dtype
-from ._softmax import cap
+from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
+from ._rows import Transform
 from ._targets import class_table
 from .losses import LinearCrossEntropyLoss
 
@@ -65,10 +64,11 @@ class LinearHead(nnx.Linear):
         self.criterion = criterion
 
     def __call__(self, hidden: Array, out_sharding: Any = None) -> Array:
-        """Logits, (..., C), as the loss reads them: soft-capped, -inf for an excluded class."""
+        """Logits, (..., C), as the loss reads them: scaled, capped, -inf for an excluded class."""
         logits = super().__call__(hidden, out_sharding)
-        if self.criterion.softcap is not None:
-            logits = cap(self.criterion.softcap, logits.astype(compute_dtype(logits)))
+        transform = Transform(read_logit_scale(self.criterion.logit_scale), self.criterion.softcap)
+        if not transform.is_identity:
+            logits = transform(logits)
         shape, axis = logits.shape, logits.ndim - 1
         mask = read_class_mask(self.criterion.class_mask, shape, axis, "logits")
         exists = class_table(mask, shape, axis)

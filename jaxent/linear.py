@@ -44,7 +44,7 @@ from ._chunks import Fixed, Head, Plan, choose_chunk
 from ._classes import along
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._numerics import compute_dtype
-from ._shards import whole_best, whole_rows
+from ._rows import combine_argmax, combine_shards
 from ._streaming import head_sums
 from ._targets import Given, Rows, make_rows, read_given
 from ._total import head_total
@@ -79,6 +79,7 @@ def linear_cross_entropy(
     sample_weight: ArrayOrList | None = None,
     class_mask: ArrayOrList | None = None,
     z_loss: ArrayLike = 0.0,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
@@ -123,7 +124,8 @@ def linear_cross_entropy(
       precision: as in `jax.lax.dot_general`.
       chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
       weight, ignore_index, reduction, label_smoothing, sample_weight, class_mask, z_loss,
-        softcap: as in `jaxent.cross_entropy`, with logits (..., C).
+        logit_scale, softcap: as in `jaxent.cross_entropy`, with logits (..., C). The scale is
+        applied in float32, after the bias.
       axis_name: mapped axis or axes over which tokens are split. On an automatic mesh, of the
         first dimension of the tokens; a `jax.sharding.PartitionSpec` names those of several.
       class_axis_name: those over which classes are split. Where they are mapped, kernel,
@@ -175,6 +177,7 @@ def linear_cross_entropy(
         sample_weight=sample_weight,
         class_mask=class_mask,
         z_loss=z_loss,
+        logit_scale=logit_scale,
         softcap=softcap,
     )
     if reduction != "none" and _made_forward(plan, h, k, layout):
@@ -217,13 +220,16 @@ def rows_of_head(
         others, fixed = jax.tree.map(_in_a_row, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         num_classes, names = kernel.shape[plan.class_axis], layout.classes
-        index, here = fixed.target, None
-        if index is not None:
-            here = local_index(index, num_classes, names)
+        target, here = fixed.target, None
+        if target is not None:
+            here = local_index(target, num_classes, names)
         shift, sums, best = head_sums(fitted, head, fixed._replace(target=here))
-        top, sums = whole_rows(shift, sums, index, here, fixed.uncounted, names)
+        index, own = (target, None), (here, None)
         if best is not None:
-            best = whole_best(shift, best, num_classes, names)
+            best = combine_argmax(shift, best, num_classes, names)
+            index = best, target
+            own = local_index(best, num_classes, names), here
+        top, sums = combine_shards(shift, sums, index, own, fixed.uncounted, names)
         return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
 
     return rows, *on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
@@ -337,4 +343,4 @@ def _make_head(
     hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
     if bias is not None:
         bias = along(-1, hidden.ndim, bias.astype(wide))
-    return Head(hidden, kernel, bias, rows.mass), rows
+    return Head(hidden, kernel, bias, rows.mass, given.logit_scale), rows

@@ -38,6 +38,7 @@ from ._arguments import (
     read_ignore_index,
     read_kernel_axis,
     read_label_smoothing,
+    read_logit_scale,
     read_precision,
     read_softcap,
     read_weight,
@@ -98,6 +99,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "axis": _checked(check_axis),
     "class_mask": lambda value: None if value is None else _array(read_bool_mask(value)),
     "z_loss": _number(read_z_loss),
+    "logit_scale": _number(read_logit_scale),
     "softcap": read_softcap,
     "axis_name": _axis_name("axis_name"),
     "class_axis_name": _axis_name("class_axis_name"),
@@ -208,8 +210,8 @@ class CrossEntropyLoss(_Loss):
     """`jaxent.cross_entropy` as an object.
 
     Args:
-      weight, ignore_index, reduction, label_smoothing, axis, class_mask, z_loss, softcap,
-        axis_name, class_axis_name: as in `jaxent.cross_entropy`.
+      weight, ignore_index, reduction, label_smoothing, axis, class_mask, z_loss, logit_scale,
+        softcap, axis_name, class_axis_name: as in `jaxent.cross_entropy`.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.cross_entropy` takes.
@@ -235,6 +237,7 @@ class CrossEntropyLoss(_Loss):
         axis: int | None = None,
         class_mask: ArrayOrList | None = None,
         z_loss: ArrayLike = 0.0,
+        logit_scale: ArrayLike = 1.0,
         softcap: float | None = None,
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
@@ -246,6 +249,7 @@ class CrossEntropyLoss(_Loss):
         self.axis = axis
         self.class_mask = class_mask
         self.z_loss = z_loss
+        self.logit_scale = logit_scale
         self.softcap = softcap
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name
@@ -261,7 +265,7 @@ class LinearCrossEntropyLoss(_Loss):
 
     Args:
       class_axis, dtype, precision, chunk_size, weight, ignore_index, reduction,
-        label_smoothing, class_mask, z_loss, softcap, axis_name, class_axis_name,
+        label_smoothing, class_mask, z_loss, logit_scale, softcap, axis_name, class_axis_name,
         width_axis_name: as in `jaxent.linear_cross_entropy`.
 
     Raises:
@@ -291,6 +295,7 @@ class LinearCrossEntropyLoss(_Loss):
         label_smoothing: ArrayLike = 0.0,
         class_mask: ArrayOrList | None = None,
         z_loss: ArrayLike = 0.0,
+        logit_scale: ArrayLike = 1.0,
         softcap: float | None = None,
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
@@ -306,6 +311,7 @@ class LinearCrossEntropyLoss(_Loss):
         self.label_smoothing = label_smoothing
         self.class_mask = class_mask
         self.z_loss = z_loss
+        self.logit_scale = logit_scale
         self.softcap = softcap
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name

@@ -27,6 +27,7 @@ from ._arguments import (
     read_hidden_and_kernel,
     read_index_targets,
     read_label_smoothing,
+    read_logit_scale,
     read_logits,
     read_precision,
     read_sample_weight,
@@ -37,10 +38,6 @@ from ._arguments import (
 )
 from ._axes import first_class, num_shards, psum, read_axis_names
 from ._calls import public
-from ._classes import along
-from ._numerics import blank_uncounted, compute_dtype, nan_where, times
-from ._reduction import total
-from ._targets import class_table, read_indices
 from .stats import WANTED, TokenStats
 
 
@@ -54,7 +51,7 @@ def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Ar
     if not logits.size:
         return logits
     logits, exists = _whole(classes, axis, logits, exists)
-    x = logits.astype(compute_dtype(logits))
+    x = logits.astype(_wide(logits.dtype))
     if exists is not None:
         x = jnp.where(exists, x, -jnp.inf)
     log_probs = _log_probs(x, axis)[0]
@@ -95,7 +92,7 @@ def nll(
     own = not is_float(read_targets(targets, ignore_index)[0])  # an index reads its class alone
 
     def per_example(x, _):
-        return -jnp.sum(times(_weighted(t, w, s), jnp.where((t == 0) & own, 0, x)), -1), 0
+        return -jnp.sum(_times(_weighted(t, w, s), jnp.where((t == 0) & own, 0, x)), -1), 0
 
     loss, _ = _hide_uncounted(per_example, x, jnp.ones(x.shape, bool), s)
     return _reduce(loss * poison, 0, None, s, mean_weight, reduction, examples)
@@ -114,6 +111,7 @@ def cross_entropy(
     sample_weight=None,
     class_mask=None,
     z_loss=0.0,
+    logit_scale=1.0,
     softcap=None,
     axis_name=None,
     class_axis_name=None,
@@ -131,22 +129,21 @@ def cross_entropy(
         axis_name,
         class_axis_name,
     )
-    softcap = read_softcap(softcap)
+    transform = _transform(logit_scale, softcap)
     eps = _number(read_label_smoothing(label_smoothing), x.dtype)
     if eps is not None:
-        eps += nan_where(~((eps >= 0) & (eps <= 1)), x.dtype)
+        eps += _nan_where(~((eps >= 0) & (eps <= 1)), x.dtype)
     z = _number(read_z_loss(z_loss), x.dtype)
     count = jnp.maximum(jnp.sum(exists, -1, keepdims=True), 1)
     uniform = exists.astype(x.dtype) / count.astype(x.dtype)
     q = t if eps is None else (1 - eps) * t + eps * uniform
 
     def per_example(x, exists):
-        if softcap is not None:
-            x = softcap * jnp.tanh(x / softcap)
+        x = transform(x)
         # A row without classes is not counted: let it be finite.
         empty = ~jnp.any(exists, -1, keepdims=True)
         log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
-        return -jnp.sum(times(_weighted(q, w, s), log_p), -1), lse if z is None else lse**2
+        return -jnp.sum(_times(_weighted(q, w, s), log_p), -1), lse if z is None else lse**2
 
     loss, squared = _hide_uncounted(per_example, jnp.where(exists, x, 0), exists, s)
     return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, examples)
@@ -170,6 +167,7 @@ def linear_cross_entropy(
     sample_weight=None,
     class_mask=None,
     z_loss=0.0,
+    logit_scale=1.0,
     softcap=None,
     axis_name=None,
     class_axis_name=None,
@@ -200,6 +198,7 @@ def linear_cross_entropy(
         sample_weight=sample_weight,
         class_mask=class_mask,
         z_loss=z_loss,
+        logit_scale=logit_scale,
         softcap=softcap,
         axis_name=axis_name,
         class_axis_name=class_axis_name,
@@ -214,6 +213,7 @@ def token_stats(
     ignore_index=-100,
     axis=None,
     class_mask=None,
+    logit_scale=1.0,
     softcap=None,
     class_axis_name=None,
 ) -> TokenStats:
@@ -230,11 +230,8 @@ def token_stats(
         class_mask,
         class_axis_name=class_axis_name,
     )
-    softcap = read_softcap(softcap)
+    capped = _transform(logit_scale, softcap)
     counted = (s != 0)[..., None]
-
-    def capped(x):
-        return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
     some = exists | ~jnp.any(exists, -1, keepdims=True)
     prediction = jnp.argmax(jnp.where(some, capped(x), -jnp.inf), -1).astype(jnp.int32)
@@ -243,9 +240,9 @@ def token_stats(
     log_p, lse = _log_probs(x, -1)
     correct = (s != 0) & (jnp.take_along_axis(t, prediction[..., None], -1)[..., 0] > 0)
     return TokenStats(
-        log_prob=s * poison * jnp.sum(times(t, log_p), -1),
+        log_prob=s * poison * jnp.sum(_times(t, log_p), -1),
         log_normalizer=s * lse,
-        entropy=-s * jnp.sum(times(jnp.exp(log_p), log_p), -1),
+        entropy=-s * jnp.sum(_times(jnp.exp(log_p), log_p), -1),
         prediction=prediction,
         correct=correct,
     )
@@ -264,6 +261,7 @@ def linear_token_stats(
     chunk_size=None,
     ignore_index=-100,
     class_mask=None,
+    logit_scale=1.0,
     softcap=None,
     axis_name=None,
     class_axis_name=None,
@@ -291,6 +289,7 @@ def linear_token_stats(
         ignore_index=ignore_index,
         axis=-1,
         class_mask=class_mask,
+        logit_scale=logit_scale,
         softcap=softcap,
         class_axis_name=class_axis_name,
     )
@@ -318,13 +317,14 @@ def total_weight(
     examples, classes = read_axis_names(
         targets, axis_name=axis_name, class_axis_name=class_axis_name
     )
-    dtype = compute_dtype(*(a for a in (w, s) if a is not None))
+    dtype = _wide(*(a.dtype for a in (w, s) if a is not None))
     s = _spread(s, targets.shape, dtype)
     (w,) = _whole(classes, 0, None if w is None else jnp.asarray(w, dtype))
-    index, ignored = read_indices(jnp.asarray(targets), None if w is None else w.size, ignored)
+    is_ignored = _is_ignored(targets, ignored)
     if w is not None:
-        s *= blank_uncounted(s, jnp.where(index < 0, 1, w[index]))
-    return total(jnp.where(ignored, 0, s), examples)
+        index = _index(targets, w.size)
+        s *= _blank_uncounted(s, jnp.where(index < 0, 1, w[index]))
+    return psum(jnp.sum(jnp.where(is_ignored, 0, s)), examples)
 
 
 def _logits(
@@ -351,7 +351,7 @@ def _logits(
     num_classes = kernel.shape[class_axis]
     targets, ignored = read_targets(targets, ignore_index)
     check_head_targets(targets, hidden, num_classes)
-    wide = compute_dtype(jnp.empty(0, dtype))
+    wide = _wide(dtype)
     bias = read_bias(bias, num_classes)
     s = read_sample_weight(sample_weight, hidden.shape[:-1])
     read_chunk_size(chunk_size)
@@ -359,7 +359,7 @@ def _logits(
     (kernel,) = _whole(width, 1 - class_axis, kernel)
     counted = _spread(s, hidden.shape[:-1], wide) != 0
     if not is_float(targets):
-        counted &= ~read_indices(jnp.asarray(targets), None, ignored)[1]
+        counted &= ~_is_ignored(targets, ignored)
     finite = jnp.all(jnp.isfinite(hidden), -1)
     hidden = jnp.where((counted | finite)[..., None], hidden, 0)
     kernel = kernel if class_axis == 1 else kernel.T
@@ -374,7 +374,49 @@ def _logits(
 
 def _weighted(q, w, s):
     """q * w; whatever the weight of a class without mass is, or of one that is not counted."""
-    return q * blank_uncounted(q * s[..., None], w)
+    return q * _blank_uncounted(q * s[..., None], w)
+
+
+# The rules of 0 * inf and of what does not count, again: a fault in what is judged cannot be here.
+
+
+def _times(factor, value):
+    """factor * value, 0 * inf being 0."""
+    return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
+
+
+def _blank_uncounted(weight, value):
+    """The value, 0 where the weight is 0 and it is not finite."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
+
+
+def _nan_where(condition, dtype):
+    """NaN where the condition holds, else 0, without a literal NaN for `jax_debug_nans` to find."""
+    return jnp.sqrt(jnp.where(condition, -1.0, 0.0)).astype(dtype)
+
+
+def _last(values, ndim):
+    """(C,) laid along the last of some dimensions."""
+    return jnp.reshape(values, (1,) * (ndim - 1) + (-1,))
+
+
+def _index(targets, num_classes):
+    """Class indices, -1 for those outside [0, C)."""
+    targets = jnp.asarray(targets)
+    if targets.dtype.itemsize < 4:
+        targets = targets.astype(jnp.int32)
+    inside = (targets >= 0) & (targets < num_classes)
+    return jnp.where(inside, targets.astype(jnp.int32), -1)
+
+
+def _is_ignored(targets, ignored):
+    targets = jnp.asarray(targets)
+    return jnp.zeros(targets.shape, bool) if ignored is None else targets == ignored
+
+
+def _wide(*dtypes):
+    """What is computed in: float64 for float64, else float32."""
+    return jnp.dtype("float64" if any(dtype == jnp.float64 for dtype in dtypes) else "float32")
 
 
 def _number(value, dtype):
@@ -388,7 +430,11 @@ def _spread(sample_weight, shape, dtype):
 
 def _class_mask(class_mask, logits, axis, name):
     class_mask = read_class_mask(class_mask, logits.shape, axis, name)
-    return class_table(class_mask, logits.shape, axis)
+    if class_mask is None:
+        return None
+    if class_mask.ndim == 1:
+        class_mask = jnp.reshape(class_mask, [-1 if i == axis else 1 for i in range(logits.ndim)])
+    return jnp.broadcast_to(class_mask, logits.shape)
 
 
 def _whole(names, axis, *arrays):
@@ -428,7 +474,7 @@ def _read(
     targets = jnp.asarray(targets)
     axis = read_class_axis(axis, logits, targets, name)
     per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
-    dtype = compute_dtype(logits)
+    dtype = _wide(logits.dtype)
     exists = _class_mask(class_mask, logits, axis, name)
     w = read_weight(weight, logits.shape[axis], per_example)
     s = _spread(read_sample_weight(sample_weight, per_example), per_example, dtype)
@@ -443,20 +489,31 @@ def _read(
     exists = jnp.moveaxis(exists, axis, -1)
     x = jnp.moveaxis(logits.astype(dtype), axis, -1)
     num_classes = x.shape[-1]
-    w = along(-1, x.ndim, jnp.ones(num_classes, x.dtype) if w is None else w)
+    w = _last(jnp.ones(num_classes, x.dtype) if w is None else w, x.ndim)
     s = jnp.where(jnp.any(exists, -1), s, 0)
     if is_float(targets):
-        t = blank_uncounted(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
+        t = _blank_uncounted(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
         return x, exists, t, s, w, s, jnp.ones_like(s), examples
-    index, ignored = read_indices(targets, num_classes, ignored)
-    s = jnp.where(ignored | (index < 0) & (s == 0), 0, s)
-    classes = along(-1, x.ndim, jnp.arange(num_classes))
+    index = _index(targets, num_classes)
+    s = jnp.where(_is_ignored(targets, ignored) | (index < 0) & (s == 0), 0, s)
+    classes = _last(jnp.arange(num_classes), x.ndim)
     t = (index[..., None] == classes).astype(x.dtype)
     t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
     target_weight = jnp.where(index < 0, 1, jnp.sum(_weighted(t, w, s), -1))
-    mean_weight = s * blank_uncounted(s, target_weight)
-    poison = 1 + nan_where((index < 0) & (s != 0), x.dtype)
+    mean_weight = s * _blank_uncounted(s, target_weight)
+    poison = 1 + _nan_where((index < 0) & (s != 0), x.dtype)
     return x, exists, t, s, w, mean_weight, poison, examples
+
+
+def _transform(logit_scale, softcap):
+    """The logits, scaled and soft-capped."""
+    scale, cap = read_logit_scale(logit_scale), read_softcap(softcap)
+
+    def transform(x):
+        x = x if scale is None else jnp.asarray(scale, x.dtype) * x
+        return x if cap is None else cap * jnp.tanh(x / cap)
+
+    return transform
 
 
 def _log_probs(x, axis):
@@ -478,14 +535,18 @@ def _hide_uncounted(per_example, x, exists, s):
 
 def _reduce(loss, squared_normalizer, z, s, mean_weight, reduction, examples):
     check_reduction(reduction)
-    z_term = jnp.zeros_like(s) if z is None else times(z, s * squared_normalizer)
+    z_term = jnp.zeros_like(s) if z is None else _times(z, s * squared_normalizer)
     if reduction == "none":
         return s * loss + z_term
-    loss, z_term = total(s * loss, examples), total(z_term, examples)
+    loss, z_term = _total(s * loss, examples), _total(z_term, examples)
     if reduction == "mean":
-        loss /= _or_one(total(mean_weight, examples))
-        z_term /= _or_one(total(s, examples))
+        loss /= _or_one(_total(mean_weight, examples))
+        z_term /= _or_one(_total(s, examples))
     return loss + z_term
+
+
+def _total(values, examples):
+    return psum(jnp.sum(values), examples)
 
 
 def _or_one(denominator):

@@ -12,17 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
 from ._chunks import Plan
-from ._classes import first_best
 from ._mesh import Layout
-from ._numerics import compute_dtype
-from ._shards import whole_best
-from ._softmax import RowSums, cap, hide
+from ._rows import RowSums, entropy, log_total, surprise
 from ._targets import Given, Rows, read_given
 from .functional import Options, rows_of_logits
 from .linear import PrecisionLike, read_head, rows_of_head
@@ -48,6 +45,7 @@ def token_stats(
     ignore_index: int | None = -100,
     axis: int | None = None,
     class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     class_axis_name: AxisName = None,
 ) -> TokenStats:
@@ -67,7 +65,8 @@ def token_stats(
     Args:
       logits: float array, (..., C, ...). Half precision is computed in float32.
       targets: class indices, integers, the shape of the logits without the class axis.
-      ignore_index, axis, class_mask, softcap, class_axis_name: as in `jaxent.cross_entropy`.
+      ignore_index, axis, class_mask, logit_scale, softcap, class_axis_name: as in
+        `jaxent.cross_entropy`.
 
     Returns:
       `TokenStats`, a named tuple of arrays of the targets' shape; floats are float32, float64
@@ -87,23 +86,24 @@ def token_stats(
     x = read_logits(logits, "logits", targets)
     y, ignored = read_index_targets(targets, ignore_index, WANTED)
     axis = read_class_axis(axis, x, y, "logits")
-    given = read_given("logits", x.shape, axis, y, ignored, class_mask=class_mask, softcap=softcap)
+    given = read_given(
+        "logits",
+        x.shape,
+        axis,
+        y,
+        ignored,
+        class_mask=class_mask,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
     (classes,) = read_axis_names(x, class_axis_name=class_axis_name)
     return _token_stats(Options(axis=axis, classes=classes), x, given)
 
 
 @compiled
 def _token_stats(options: Options, logits: Array, given: Given) -> TokenStats:
-    axis, classes, softcap = options.axis, options.classes, given.softcap
-    rows, top, sums = rows_of_logits(axis, logits, given, classes, moment=True)
-    # Of the capped logits, where the cap makes equals of different ones.
-    scores = cap(softcap, logits.astype(compute_dtype(logits)))
-    if rows.exists is not None:
-        scores = jnp.where(rows.exists, scores, -jnp.inf)
-    scores = jax.lax.stop_gradient(scores)
-    peak, best = jnp.max(scores, axis, keepdims=True), first_best(scores, axis)
-    prediction = whole_best(peak, best, logits.shape[axis], classes)
-    return _stats(rows, top, sums, prediction)
+    rows, shift, sums, best = rows_of_logits(options.axis, logits, given, options.classes, True)
+    return _stats(rows, shift, sums, best)
 
 
 @public
@@ -119,6 +119,7 @@ def linear_token_stats(
     chunk_size: int | None = None,
     ignore_index: int | None = -100,
     class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
     softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
@@ -130,7 +131,7 @@ def linear_token_stats(
 
     Args:
       hidden, kernel, bias, class_axis, dtype, precision, chunk_size, ignore_index,
-        class_mask, softcap, axis_name, class_axis_name, width_axis_name: as in
+        class_mask, logit_scale, softcap, axis_name, class_axis_name, width_axis_name: as in
         `jaxent.linear_cross_entropy`.
       targets: class indices, integers, (...).
 
@@ -157,6 +158,7 @@ def linear_token_stats(
         dtype=dtype,
         precision=precision,
         chunk_size=chunk_size,
+        logit_scale=logit_scale,
         softcap=softcap,
         axis_name=axis_name,
         class_axis_name=class_axis_name,
@@ -178,14 +180,16 @@ def _linear_token_stats(
 def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
     counted = rows.sample_weight != 0
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
-    shift, sums = hide(~counted, shift, sums)
-    log_sum = jnp.log(sums.total)
+    shift, sums = jnp.where(counted, shift, 0), sums.blank(~counted)
+    log_sum = log_total(sums.left, sums.others)
+    is_prediction = prediction == rows.index
+    log_prob = jnp.where(is_prediction, -surprise(sums.left, sums.others), sums.target - log_sum)
     prediction = prediction.astype(jnp.int32)
     stats = TokenStats(
-        log_prob=rows.scale * (sums.picked - log_sum),
+        log_prob=rows.scale * log_prob,
         log_normalizer=shift + log_sum,
-        entropy=log_sum - sums.moment / sums.total,
+        entropy=entropy(sums),
         prediction=prediction,
-        correct=counted & (prediction == rows.index),
+        correct=counted & is_prediction,
     )
     return jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)

@@ -128,6 +128,9 @@ def calls(draw, options=(), shapes=None, dtypes=DTYPES, targets=("indices", "pro
     if (z_loss := drawn("z_loss", None, 0.01, "traced")) is not None:
         kind_of = floats if z_loss == "traced" else others
         kind_of["z_loss"] = np.asarray(0.02, _wide(dtype)) if kind_of is floats else z_loss
+    if (scale := drawn("logit_scale", None, 0.5, "traced")) is not None:
+        kind_of = floats if scale == "traced" else others
+        kind_of["logit_scale"] = np.asarray(0.7, _wide(dtype)) if kind_of is floats else scale
     if (softcap := drawn("softcap", None, 4.0)) is not None:
         others["softcap"] = softcap
     if "reduction" in options:
@@ -182,6 +185,7 @@ EVERY_OPTION = (
     "class_mask",
     "label_smoothing",
     "z_loss",
+    "logit_scale",
     "softcap",
     "reduction",
 )

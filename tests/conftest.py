@@ -22,6 +22,6 @@ def sums(request):
     import jax
 
     jax.clear_caches()
-    with mock.patch("jaxent._softmax._is_unrolled", lambda *_: request.param == "in one loop"):
+    with mock.patch("jaxent._dense._is_unrolled", lambda *_: request.param == "in one loop"):
         yield
     jax.clear_caches()

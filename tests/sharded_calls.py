@@ -36,6 +36,7 @@ AXES = {
     "m2": ("data", "model"),
     "e": (),
     "z": (),
+    "l": (),
     "h": ("data", None),
     "h_b": ("data", None, None),
     "k": (None, "model"),
@@ -79,6 +80,7 @@ def arrays():
         "m2": full & exists,
         "e": np.float32(0.1),
         "z": np.float32(0.02),
+        "l": np.float32(0.7),
         "h": hidden,
         "h_b": np.nan_to_num(np.stack([hidden, -hidden], 1)),
         "k": kernel,
@@ -120,6 +122,7 @@ def options(a, *letters):
         "m2": "class_mask",
         "e": "label_smoothing",
         "z": "z_loss",
+        "l": "logit_scale",
         "b": "bias",
     }
     return {names[letter]: a[letter] for letter in letters}
@@ -139,7 +142,7 @@ def head(a, names, hidden="h", kernel="k", targets="y", m=jaxent, **keywords):
     )
 
 
-EVERY = ("w", "s", "m", "e", "z")
+EVERY = ("w", "s", "m", "e", "z", "l")
 
 # name: (function of the module, arrays and names; the arrays)
 CASES = {
@@ -166,7 +169,7 @@ CASES = {
         lambda m, a, n: m.cross_entropy(
             a["x"], a["y"], softcap=3.0, **options(a, *EVERY), **n.loss
         ),
-        "x y w s m e z",
+        "x y w s m e z l",
     ),
     "cross_entropy, K dimensions": (
         lambda m, a, n: m.cross_entropy(
@@ -180,10 +183,10 @@ CASES = {
             a["t"],
             axis=-1,
             softcap=3.0,
-            **options(a, "w", "s", "m2", "e", "z"),
+            **options(a, "w", "s", "m2", "e", "z", "l"),
             **n.loss,
         ),
-        "clean t w s m2 e z",
+        "clean t w s m2 e z l",
     ),
     "token_stats": (
         lambda m, a, n: n.add(
@@ -201,7 +204,7 @@ CASES = {
     "linear": (lambda m, a, n: head(a, n, "h_b", targets="y_b", m=m), "h_b k y_b"),
     "linear, every option": (
         lambda m, a, n: head(a, n, m=m, softcap=3.0, chunk_size=4, **options(a, "b", *EVERY)),
-        "h k y b w s m e z",
+        "h k y b w s m e z l",
     ),
     "linear, (C, D), probabilities": (
         lambda m, a, n: head(

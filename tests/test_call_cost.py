@@ -31,6 +31,7 @@ OPTIONS = {
         "sample_weight": S,
         "label_smoothing": 0.1,
         "z_loss": 0.01,
+        "logit_scale": 0.5,
         "softcap": 5.0,
         "ignore_index": 3,
         "class_mask": MASK,
@@ -114,6 +115,7 @@ def test_a_second_eager_call_traces_and_compiles_nothing(name, transform):
 NUMBERS = {  # values of a number that the same program takes
     "label_smoothing": (0.1, 0.2, np.float32(0.3), 1),
     "z_loss": (0.1, 1e-4, 2),
+    "logit_scale": (0.5, 2, np.float32(3.0)),
     "softcap": (5.0, 30, np.float32(9.0)),
     "ignore_index": (-100, 0, 3, -(2**31)),
 }
@@ -170,7 +172,13 @@ def test_a_program_is_exported_and_serialized(name):
         jitted = jax.jit(f)
         exported = jax.export.export(jitted, platforms=("cpu", "tpu", "cuda"))(x)
         again = jax.export.deserialize(exported.serialize())
-        jax.tree.map(np.testing.assert_array_equal, again.call(x), jitted(x))
+        jax.tree.map(assert_same_bits, again.call(x), jitted(x))
+
+
+def assert_same_bits(found, wanted):
+    """Of one compiler. jax 0.10 fuses the operations of a program of many platforms otherwise."""
+    rounding = 0 if jax.__version_info__ >= (0, 12) else 1e-6
+    np.testing.assert_allclose(found, wanted, rtol=rounding, atol=rounding)
 
 
 LOAD = """

@@ -27,6 +27,7 @@ EVERYTHING = {
     "weight": np.array([0, 1, 2, 0.5], "float32"),
     "label_smoothing": 0.1,
     "z_loss": 0.1,
+    "logit_scale": 0.5,
     "softcap": 5.0,
 }
 

@@ -599,6 +599,7 @@ CROSS_ENTROPY_OPTIONS = SHARED_OPTIONS | {
     "label_smoothing": mostly(0.0, 0.1, 1.0, jnp.float32(0.3)),
     "class_mask": mostly(None, [True, True, True], [True, False, True]),
     "z_loss": mostly(0.0, 0.01, jnp.float32(0.1)),
+    "logit_scale": mostly(1.0, 0.5, jnp.float32(2.0)),
     "softcap": mostly(None, 2.0),
 }
 CALLS = st.fixed_dictionaries(

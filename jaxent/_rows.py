@@ -1,0 +1,409 @@
+"""The algebra of a row: sums over a set of its classes, and what a loss makes of them.
+
+With z the scaled and capped logits, m the row's shift, q a target mass over classes, and e one
+class of the set that is kept apart from the others:
+
+    left       = z_e - m, -inf where the set has no such class
+    others     = sum_{c != e} exp(z_c - m)
+    moment     = sum_{c != e} exp(z_c - m) * (z_c - m)
+    target     = z_y - m, 0 where the set does not have class y
+    left_mass  = q_e
+    mass       = sum_{c != e} q_c
+    mass_logit = sum_{c != e} q_c * (z_c - m)
+
+The class apart is the target, or the most probable class where there is no single target. Where it
+is nearly certain its share is exp(0) = 1, and a small rest would lose its digits if it were added.
+The loss of the class apart is log(exp(left) + others) - left: log1p(others) where it is largest,
+with the derivative -others / (1 + others), and never the difference of two numbers near 1. (Beside
+an index, smoothing's mass is summed over all classes: no such loss is small.)
+
+Sums of two sets are added, once both are moved to the larger shift (`rebase`) and the class that
+does not stay apart is put back (`put_back`). The shift is a constant to differentiation: no loss
+depends on it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ._axes import Names, first_class, psum, zeros_like
+from ._classes import one_hot
+from ._numerics import blank_uncounted, compute_dtype, times, unless_zero
+
+
+class Transform(NamedTuple):
+    """What becomes of a logit x: z = cap * tanh(scale * x / cap), or part of it.
+
+    The scale is differentiated, the cap is not. None leaves a part out.
+    """
+
+    scale: Any = None
+    cap: Any = None
+
+    def __call__(self, x: Array) -> Array:
+        """Return z, in float32 or float64."""
+        x = x.astype(compute_dtype(x))
+        return x if self.is_identity else _transformed(self, x)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.scale is None and self.cap is None
+
+    def scaled(self, x: Array) -> Array:
+        """Return scale * x."""
+        x = x.astype(compute_dtype(x))
+        return x if self.scale is None else jnp.asarray(self.scale, x.dtype) * x
+
+    def capped(self, scaled: Array) -> Array:
+        """Return the cap of scale * x, a monotone function of it."""
+        if self.cap is None:
+            return scaled
+        cap = jnp.asarray(self.cap, scaled.dtype)
+        return cap * jnp.tanh(scaled / cap)
+
+    def cap_slope(self, x: Array) -> Any:
+        """Return the derivative of the cap at scale * x, finite for every x."""
+        if self.cap is None:
+            return 1
+        scaled = self.scaled(x)
+        tanh = jnp.tanh(
+            jnp.where(jnp.isnan(scaled), 0, scaled) / jnp.asarray(self.cap, scaled.dtype)
+        )
+        return (1 - tanh) * (1 + tanh)
+
+    def slope(self, x: Array) -> Any:
+        """Return dz/dx."""
+        slope = self.cap_slope(x)
+        return slope if self.scale is None else slope * jnp.asarray(self.scale, compute_dtype(x))
+
+    def gradients(self, x: Array, d_z: Array) -> tuple[Array, "Transform"]:
+        """Return the gradients of x and of the transform, given that of z."""
+        d_x = d_z * self.slope(x)
+        if self.scale is None:
+            return d_x, Transform()
+        d_scaled = d_z * self.cap_slope(x)
+        x = x.astype(compute_dtype(x))
+        d_scale = jnp.sum(d_scaled * blank_uncounted(d_scaled, x))
+        return d_x, Transform(d_scale.astype(jnp.result_type(self.scale)))
+
+
+# Second order comes through the custom_jvp functions here. Where a row is not finite their
+# derivatives are: it may be one that the loss does not count; if it counts, its NaN shows in the
+# other factors.
+
+
+@jax.custom_jvp
+def _transformed(transform, x):
+    return transform.capped(transform.scaled(x))
+
+
+@_transformed.defjvp
+def _transformed_jvp(primals, tangents):
+    return _transformed(*primals), _transform_tangent(*primals, *tangents)
+
+
+def _transform_tangent(transform, x, d_transform, dx):
+    tangent = transform.slope(x) * dx
+    if transform.scale is None:
+        return tangent
+    finite = jnp.where(jnp.isfinite(x), x, 0).astype(compute_dtype(x))
+    return tangent + transform.cap_slope(x) * finite * d_transform.scale
+
+
+def centre(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
+    """Return z - shift, -inf where no class exists; x as it is where the shift is None."""
+    if shift is None:
+        return x.astype(compute_dtype(x))
+    centred = transform(x) - shift
+    return centred if class_mask is None else jnp.where(class_mask, centred, -jnp.inf)
+
+
+@jax.custom_jvp
+def exponentials(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
+    """Return exp(z - shift)."""
+    return jnp.exp(centre(transform, x, shift, class_mask))
+
+
+@exponentials.defjvp
+def _exponentials_jvp(primals, tangents):
+    exps = exponentials(*primals)
+    d_z = _transform_tangent(*primals[:2], *tangents[:2])
+    return exps, jnp.where(jnp.isfinite(exps), exps, 0) * d_z
+
+
+@jax.custom_jvp
+def _exp(x):
+    return jnp.exp(x)
+
+
+@_exp.defjvp
+def _exp_jvp(primals, tangents):
+    exp = _exp(*primals)
+    return exp, jnp.where(jnp.isfinite(exp), exp, 0) * tangents[0]
+
+
+def others_mask(apart: Array, x: Array, axis: int, class_mask: Any) -> Array:
+    """Return which classes exist besides the one apart."""
+    others = ~one_hot(apart, x, axis)
+    return others if class_mask is None else class_mask & others
+
+
+@jax.custom_jvp
+def product(q: Array, centred: Array) -> Array:
+    """Return q * centred, 0 * inf being 0."""
+    return times(q, centred)
+
+
+@product.defjvp
+def _product_jvp(primals, tangents):
+    return product(*primals), _product_tangent(*primals, *tangents)
+
+
+def _product_tangent(q, centred, dq, d_centred):
+    finite_q, finite = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, centred))
+    return finite_q * d_centred + dq * finite
+
+
+@jax.custom_jvp
+def _scaled(d_others, exps):
+    """`d_others * exps`, 0 where that is 0 * NaN.
+
+    A poisoned d_others is not 0 only where all exps are finite.
+
+    Said so, it is short enough for XLA's CPU compiler to vectorize ten classes of bfloat16, in a
+    quarter of the time (jax 0.10.2).
+    """
+    scaled = d_others * exps
+    return jnp.where(jnp.isnan(scaled), 0 * d_others, scaled)
+
+
+@_scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    return _scaled(*primals), _product_tangent(*primals, *tangents)
+
+
+@jax.custom_jvp
+def unless_lost(q: Array, centred: Array) -> Array:
+    """Return q, of the rows' shape; without derivative where no mass meets an infinite loss."""
+    return q.astype(centred.dtype) + zeros_like(centred)  # which has the sharding, too
+
+
+@unless_lost.defjvp
+def _unless_lost_jvp(primals, tangents):
+    (q, centred), (dq, _) = primals, tangents
+    lost = (q == 0) & ~jnp.isfinite(centred)
+    return unless_lost(q, centred), jnp.where(lost, 0, dq.astype(centred.dtype))
+
+
+class RowSums(NamedTuple):
+    """Sums of rows, arrays (..., 1, ...), or their cotangents; None for those not asked for."""
+
+    left: Any = None
+    others: Any = None
+    moment: Any = None
+    target: Any = None
+    left_mass: Any = None
+    mass: Any = None
+    mass_logit: Any = None
+
+    def rebase(self, change: Any) -> "RowSums":
+        """Return the sums relative to another shift, of which `change` is the old one less it."""
+        factor = jnp.exp(change)
+        sums = self._replace(
+            left=_plus(self.left, change),
+            others=_by(self.others, factor),
+            target=_plus(self.target, change),
+        )
+        if self.moment is not None:
+            moment = self.moment * factor + times(self.others * factor, change)
+            sums = sums._replace(moment=moment)
+        if self.mass is not None:
+            sums = sums._replace(mass_logit=self.mass_logit + times(self.mass, change))
+        return sums
+
+    def put_back(self, where: Any) -> "RowSums":
+        """Return the sums with the class apart among the others, where it is not to stay."""
+        share = jnp.where(where, _exp(self.left), 0)
+        sums = self._replace(left=jnp.where(where, -jnp.inf, self.left), others=self.others + share)
+        if self.moment is not None:
+            sums = sums._replace(moment=self.moment + product(share, self.left))
+        if self.left_mass is not None:
+            mass = jnp.where(where, self.left_mass, 0)
+            sums = sums._replace(
+                left_mass=jnp.where(where, 0, self.left_mass),
+                mass=self.mass + mass,
+                mass_logit=self.mass_logit + product(mass, self.left),
+            )
+        return sums
+
+    def blank(self, where: Array) -> "RowSums":
+        """Return the sums, in these rows those of a single class: its loss and its lse are 0."""
+        return jax.tree.map(lambda x: jnp.where(where, 0, x), self)
+
+
+def _plus(x, change):
+    return None if x is None else x + change
+
+
+def _by(x, factor):
+    return None if x is None else x * factor
+
+
+def merge(a: RowSums, b: RowSums, stays: Array, has_target: Any) -> RowSums:
+    """Return the sums of both sets, relative to one shift.
+
+    `stays` says whether the class apart is b's, `has_target` whether the target is.
+    """
+    left = jnp.where(stays, b.left, a.left)
+    target = None if a.target is None else jnp.where(has_target, b.target, a.target)
+    a, b = (x._replace(left=None, target=None) for x in (a.put_back(stays), b.put_back(~stays)))
+    return jax.tree.map(jnp.add, a, b)._replace(left=left, target=target)
+
+
+def combine_shards(
+    shift: Any, sums: RowSums, index: Any, local_index: Any, uncounted: Any, names: Names
+) -> tuple[Any, RowSums]:
+    """Return shift and sums of whole rows, whose classes are split over mapped axes.
+
+    Args:
+      shift, sums: of this shard's classes, (..., 1, ...); shift None, of log-probabilities.
+      index: pairs of class indices, of the class apart and of the target, each (..., 1, ...), < 0
+        for none, or None.
+      local_index: the same, relative to this shard's classes; < 0 for none, and for other shards'.
+      uncounted: which rows the loss does not count. They may hold anything.
+      names: the mapped axes; () if rows are whole already.
+
+    Nothing but these, O(1) values a row, is sent; and in the backward pass nothing at all.
+    """
+    if not names:
+        return shift, sums
+    top: Any = None
+    if shift is not None:
+        top = jax.lax.pmax(jax.lax.stop_gradient(shift), names)
+        change = shift - top
+        lowest = jnp.finfo(shift.dtype).min  # finite, as 0 * NaN would be a derivative
+        sums = sums.rebase(jnp.where(uncounted & ~jnp.isfinite(change), lowest, change))
+    (apart, target), (here, target_here) = index, local_index
+    if apart is not None and shift is not None:
+        # An index that no shard has is left, for its NaN to reach the row's gradient.
+        sums = sums.put_back((here < 0) & (apart >= 0))
+    parts = sums._asdict()
+    if apart is not None:
+        parts["left"] = jnp.where((here < 0) & (apart >= 0), 0, sums.left)
+    if target is not None:
+        parts["target"] = jnp.where((target_here < 0) & (target >= 0), 0, sums.target)
+    return top, RowSums(**psum(parts, names))
+
+
+def combine_argmax(peak: Array, best: Array, num_classes: int, names: Names) -> Array:
+    """Return the most probable class of whole rows, the first of equals, given each shard's own.
+
+    `peak` is that class's logit, on each shard; NaN is above all.
+    """
+    if not names:
+        return best
+    best = best.astype(jnp.int32) + first_class(num_classes, names)
+    peak = jax.lax.stop_gradient(peak)
+    largest = (peak == jax.lax.pmax(peak, names)) | jnp.isnan(peak)
+    return jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
+
+
+def total(left: Array, others: Array) -> Array:
+    """Return sum_c exp(z_c - m), of all classes."""
+    return jnp.exp(left) + others
+
+
+@jax.custom_jvp
+def log_total(left: Array, others: Array) -> Array:
+    """Return the logarithm of the total: log1p(others) where the class apart is the largest."""
+    # Where left < 0, another class is the largest, and others >= 1: no digit is lost.
+    return jnp.log1p(others + (jnp.exp(left) - 1))
+
+
+@log_total.defjvp
+def _log_total_jvp(primals, tangents):
+    (left, others), (d_left, d_others) = primals, tangents
+    change = jnp.exp(left) * d_left + d_others
+    return log_total(left, others), change / total(left, others)
+
+
+@jax.custom_jvp
+def surprise(left: Array, others: Array) -> Array:
+    """Return -log p of the class apart, right to its last digits where p is nearly 1."""
+    return log_total(left, others) - left
+
+
+@surprise.defjvp
+def _surprise_jvp(primals, tangents):
+    (left, others), (d_left, d_others) = primals, tangents
+    return surprise(left, others), (d_others - others * d_left) / total(left, others)
+
+
+def entropy(sums: RowSums) -> Array:
+    """Return -sum_c p_c log p_c."""
+    relative = sums.moment - times(sums.others, sums.left)
+    return surprise(sums.left, sums.others) - relative / total(sums.left, sums.others)
+
+
+def is_finite(sums: RowSums) -> Array:
+    """Return where sums are finite: then the logarithm of the total is."""
+    finite = [jnp.isfinite(x) for x in sums if x is not None]
+    return functools.reduce(jnp.logical_and, finite)
+
+
+def row_gradients(
+    axis: int,
+    transform: Transform,
+    x: Array,
+    shift: Any,
+    class_mask: Any,
+    index: tuple[Any, Any],
+    q: Any,
+    cotangents: RowSums,
+    masked: bool = True,
+) -> tuple[Array, Transform, Any]:
+    """Return the gradients of a loss with respect to logits, transform and target mass.
+
+    `index` is of the class apart and of the target, relative to x; `cotangents` are the gradients
+    with respect to the sums. `masked` says whether the forward pass made exponentials that are 0
+    for the class apart, for XLA to find the same here; nothing else depends on it.
+    """
+    apart, target = index
+    centred = centre(transform, x, shift, class_mask)
+    # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
+    d_z: Any = zeros_like(centred) if shift is None else 0
+    d_q = None
+    if shift is not None:
+        mask = others_mask(apart, x, axis, class_mask) if masked else class_mask
+        exps = exponentials(transform, x, shift, mask)
+        d_z += _scaled(cotangents.others, exps)
+        if cotangents.moment is not None:
+            d_z += _scaled(cotangents.moment, exps + product(exps, centred))
+
+    def by_mass(d_z, q):
+        # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
+        q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
+        d_mass_logit = cotangents.mass_logit
+        d_z += d_mass_logit * blank_uncounted(d_mass_logit, q)
+        by_logit = blank_uncounted(d_mass_logit, unless_zero(q, centred))
+        d_q = cotangents.mass + d_mass_logit * by_logit
+        if cotangents.left_mass is not None:
+            d_q = jnp.where(one_hot(apart, x, axis), cotangents.left_mass, d_q)
+        return d_z, unspread(d_q)[0]
+
+    if q is not None and cotangents.left_mass is not None:
+        d_z, d_q = by_mass(d_z, q)
+    if apart is not None:
+        if shift is None:
+            d_z += 0 * cotangents.left  # the NaN of an index out of range reaches its whole row
+        d_z = jnp.where(one_hot(apart, x, axis), cotangents.left, d_z)
+    if q is not None and cotangents.left_mass is None:
+        d_z, d_q = by_mass(d_z, q)
+    if target is not None:
+        d_z += jnp.where(one_hot(target, x, axis), cotangents.target, 0 * cotangents.target)
+    if class_mask is not None:
+        d_z = jnp.where(class_mask, d_z, 0)
+    return *transform.gradients(x, d_z), d_q
