@@ -64,7 +64,7 @@ class Fixed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    head: Head  # without target mass on classes that an earlier chunk had
+    head: Head  # its tables cut to the chunk; see `chunk_mass`
     class_mask: Array | None  # of the classes that exist, and that no earlier chunk had
     start: Array
     first: Array  # the first class that no earlier chunk had

@@ -179,8 +179,7 @@ def set_sums(
     form: str | None = None,
 ) -> RowSums:
     """Return the sums of a set of classes, each as XLA sums it up fastest; an index outside of
-    [0, C) is that of another set. `form` says how a CPU sums up
-    the exponentials."""
+    [0, C) is that of another set. `form` says how a CPU sums up the exponentials."""
     apart, target = index
     left = others = None
     if shift is None:
@@ -244,7 +243,7 @@ def _others(axis, form, x, transform, shift, class_mask, apart):
 
     def taken_out(*arguments):
         """The sum over all, less the class apart: right where it is not nearly certain."""
-        x, transform, shift, class_mask, _ = arguments
+        x, transform, shift, class_mask, apart = arguments
         left = _centred_at(axis, *arguments)
         exps = exponentials(transform, x, shift, class_mask)
         return left, _sum(axis, exps) - jnp.where(_is_here(apart, axis, x), jnp.exp(left), 0)
