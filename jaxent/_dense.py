@@ -20,6 +20,7 @@ from ._rows import (
     Transform,
     centre,
     exponentials,
+    finite_exp,
     others_mask,
     product,
     row_gradients,
@@ -246,7 +247,7 @@ def _others(axis, form, x, transform, shift, class_mask, apart):
         x, transform, shift, class_mask, apart = arguments
         left = _centred_at(axis, *arguments)
         exps = exponentials(transform, x, shift, class_mask)
-        return left, _sum(axis, exps) - jnp.where(_is_here(apart, axis, x), jnp.exp(left), 0)
+        return left, _sum(axis, exps) - jnp.where(_is_here(apart, axis, x), finite_exp(left), 0)
 
     def multiplied(*arguments):
         x, transform, shift, class_mask, apart = arguments
@@ -392,7 +393,7 @@ def _in_one_pass(axis, moment, x, transform, shift, class_mask, index, mass):
     if apart is not None and shift is not None:
         sums = sums._replace(left=jnp.where(_is_here(apart, axis, x), sums.left, -jnp.inf))
         if taken_out:
-            sums = sums._replace(others=sums.others - jnp.exp(sums.left))
+            sums = sums._replace(others=sums.others - finite_exp(sums.left))
     return sums if q is None else sums._replace(mass=_sum(axis, q))
 
 

@@ -135,13 +135,14 @@ def _exponentials_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def _exp(x):
+def finite_exp(x: Array) -> Array:
+    """Return exp(x), whose derivative is 0 where it is not finite."""
     return jnp.exp(x)
 
 
-@_exp.defjvp
-def _exp_jvp(primals, tangents):
-    exp = _exp(*primals)
+@finite_exp.defjvp
+def _finite_exp_jvp(primals, tangents):
+    exp = finite_exp(*primals)
     return exp, jnp.where(jnp.isfinite(exp), exp, 0) * tangents[0]
 
 
@@ -226,7 +227,7 @@ class RowSums(NamedTuple):
 
     def put_back(self, where: Any) -> "RowSums":
         """Return the sums with the class apart among the others, where it is not to stay."""
-        share = jnp.where(where, _exp(self.left), 0)
+        share = jnp.where(where, finite_exp(self.left), 0)
         sums = self._replace(left=jnp.where(where, -jnp.inf, self.left), others=self.others + share)
         if self.moment is not None:
             sums = sums._replace(moment=self.moment + product(share, self.left))

@@ -328,3 +328,18 @@ def test_grad_of_grad_of_shared_arguments_passes_by_uncounted_nan_rows(kind):
     actual, expected = hessian(jaxent.cross_entropy), hessian(reference.cross_entropy)
     assert any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: assert_close(a, b, 16), actual, expected)
+
+
+@pytest.mark.parametrize("classes", [5, 100])
+def test_grad_of_grad_with_smoothing_passes_by_uncounted_nan_rows(classes):
+    logits = jnp.linspace(-1, 1, 3 * classes).reshape(3, classes).at[1].set(jnp.nan)
+
+    def squared(logits):
+        def loss(x):
+            return jaxent.cross_entropy(x, jnp.array([0, -100, 2]), label_smoothing=0.1)
+
+        return jnp.sum(jax.grad(loss)(logits)[0] ** 2)
+
+    gradient = jax.grad(squared)(logits)
+    assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient[0] != 0)
+    assert jnp.all(gradient[1] == 0)
