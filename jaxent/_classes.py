@@ -27,11 +27,8 @@ def pick(arrays: tuple, index: Array, axis: int, function: Callable = lambda x: 
     """
 
     def gather(arrays, index):
-        def take(values):
-            take = functools.partial(_take, axis, index=index)
-            return _by_bits(take, values) if values.dtype.itemsize == 2 else take(values)
-
-        return function(*(None if values is None else take(values) for values in arrays))
+        take = functools.partial(_by_bits, functools.partial(_take, axis))
+        return function(*(None if values is None else take(values, index) for values in arrays))
 
     def masked_sum(arrays, index):
         values = function(*arrays)
@@ -55,15 +52,12 @@ def take_block(blocks: Array, which: Array) -> Array:
     """
     if blocks.shape[0] == 1:
         return blocks[0][which[:, 0]]
+    return _by_bits(_take_row, blocks, which)
+
+
+def _take_row(blocks, which):
     dimensions = jax.lax.GatherDimensionNumbers((1,), (1,), (1,), (0,), (0,))
-    size = (1, 1, blocks.shape[2])
-
-    def take(blocks):
-        return jax.lax.gather(blocks, which, dimensions, size, mode="clip")
-
-    if blocks.dtype.itemsize == 2:
-        return _by_bits(take, blocks)
-    return take(blocks)
+    return jax.lax.gather(blocks, which, dimensions, (1, 1, blocks.shape[2]), mode="clip")
 
 
 def _take(axis, values, index):
@@ -78,17 +72,20 @@ def _take(axis, values, index):
     return jax.lax.gather(values, index[..., None], dimensions, one, mode="clip")
 
 
-def _by_bits(take, values):
-    """`take(values)`, a gather, of half precision, which XLA makes a float32 copy of on the CPU
-    (jax 0.10.2). Its bits it takes as they are."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_bits(take, values, index):
+    """`take(values, index)`, a gather. Half precision, of which XLA makes a float32 copy on the CPU
+    (jax 0.10.2), it takes as bits."""
+    if values.dtype.itemsize != 2:
+        return take(values, index)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
+    return jax.lax.bitcast_convert_type(take(bits, index), values.dtype)
 
-    @jax.custom_jvp
-    def taken(values):
-        bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
-        return jax.lax.bitcast_convert_type(take(bits), values.dtype)
 
-    taken.defjvp(lambda primals, tangents: (taken(*primals), take(*tangents)))
-    return taken(values)
+@_by_bits.defjvp
+def _by_bits_jvp(take, primals, tangents):
+    (values, index), (d_values, _) = primals, tangents
+    return _by_bits(take, values, index), take(d_values, index)
 
 
 def one_hot(index: Array, x: Array, axis: int) -> Array:

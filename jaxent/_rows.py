@@ -43,6 +43,11 @@ class Transform(NamedTuple):
     scale: Any = None
     cap: Any = None
 
+    @classmethod
+    def of(cls, scale: Any, cap: Any, dtype: Any) -> "Transform":
+        """Return it with the scale in the dtype of the losses, as the functions here need it."""
+        return cls(None if scale is None else jnp.asarray(scale, dtype), cap)
+
     def __call__(self, x: Array) -> Array:
         """Return z, in float32 or float64."""
         x = x.astype(compute_dtype(x))
@@ -55,7 +60,7 @@ class Transform(NamedTuple):
     def scaled(self, x: Array) -> Array:
         """Return scale * x."""
         x = x.astype(compute_dtype(x))
-        return x if self.scale is None else jnp.asarray(self.scale, x.dtype) * x
+        return x if self.scale is None else self.scale * x
 
     def capped(self, scaled: Array) -> Array:
         """Return the cap of scale * x, a monotone function of it."""
@@ -68,16 +73,14 @@ class Transform(NamedTuple):
         """Return the derivative of the cap at scale * x, finite for every x."""
         if self.cap is None:
             return 1
-        scaled = self.scaled(x)
-        tanh = jnp.tanh(
-            jnp.where(jnp.isnan(scaled), 0, scaled) / jnp.asarray(self.cap, scaled.dtype)
-        )
+        scaled = self.scaled(jnp.nan_to_num(x))  # finite, for the derivative of the scale
+        tanh = jnp.tanh(scaled / jnp.asarray(self.cap, scaled.dtype))
         return (1 - tanh) * (1 + tanh)
 
     def slope(self, x: Array) -> Any:
         """Return dz/dx."""
         slope = self.cap_slope(x)
-        return slope if self.scale is None else slope * jnp.asarray(self.scale, compute_dtype(x))
+        return slope if self.scale is None else slope * self.scale
 
     def gradients(self, x: Array, d_z: Array) -> tuple[Array, "Transform"]:
         """Return the gradients of x and of the transform, given that of z."""
@@ -86,8 +89,7 @@ class Transform(NamedTuple):
             return d_x, Transform()
         d_scaled = d_z * self.cap_slope(x)
         x = x.astype(compute_dtype(x))
-        d_scale = jnp.sum(d_scaled * blank_uncounted(d_scaled, x))
-        return d_x, Transform(d_scale.astype(jnp.result_type(self.scale)))
+        return d_x, Transform(jnp.sum(d_scaled * blank_uncounted(d_scaled, x)))
 
 
 # Second order comes through the custom_jvp functions here. Where a row is not finite their

@@ -41,9 +41,9 @@ class Given(NamedTuple):
     softcap: Any = None
     logit_scale: Any = None
 
-    @property
-    def transform(self) -> Transform:
-        return Transform(self.logit_scale, self.softcap)
+    def transform(self, dtype: Any) -> Transform:
+        """Return what becomes of a logit, in the dtype of the losses."""
+        return Transform.of(self.logit_scale, self.softcap, dtype)
 
 
 def read_given(

@@ -331,8 +331,9 @@ def rows_of_logits(
 ) -> tuple[Rows, Any, RowSums, Any]:
     """What the targets are; shift and sums of each row of logits, of all of its classes; and, for
     statistics or probabilities, its most probable class, which is then the one apart."""
-    rows = make_rows(axis, logits.shape, compute_dtype(logits), given, classes)
-    transform, exists = given.transform, rows.exists
+    wide = compute_dtype(logits)
+    rows = make_rows(axis, logits.shape, wide, given, classes)
+    transform, exists = given.transform(wide), rows.exists
     shift, top = row_max(axis, transform, logits, exists)
     own, whole, here = rows.here, rows.index, rows.here
     if stats or whole is None:

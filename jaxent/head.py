@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
+from ._numerics import compute_dtype
 from ._rows import Transform
 from ._targets import class_table
 from .losses import LinearCrossEntropyLoss
@@ -66,7 +67,8 @@ class LinearHead(nnx.Linear):
     def __call__(self, hidden: Array, out_sharding: Any = None) -> Array:
         """Logits, (..., C), as the loss reads them: scaled, capped, -inf for an excluded class."""
         logits = super().__call__(hidden, out_sharding)
-        transform = Transform(read_logit_scale(self.criterion.logit_scale), self.criterion.softcap)
+        scale = read_logit_scale(self.criterion.logit_scale)
+        transform = Transform.of(scale, self.criterion.softcap, compute_dtype(logits))
         if not transform.is_identity:
             logits = transform(logits)
         shape, axis = logits.shape, logits.ndim - 1

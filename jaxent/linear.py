@@ -343,4 +343,4 @@ def _make_head(
     hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
     if bias is not None:
         bias = along(-1, hidden.ndim, bias.astype(wide))
-    return Head(hidden, kernel, bias, rows.mass, given.logit_scale), rows
+    return Head(hidden, kernel, bias, rows.mass, given.transform(wide).scale), rows

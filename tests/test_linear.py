@@ -1,5 +1,7 @@
 """The head and the loss in one: beyond the head law, what streaming must not change."""
 
+import itertools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import jaxent
 from jaxent import reference
 
 few = examples(6)
+FLOATS = ["bfloat16", "float32", "float64"]
 forms = pytest.mark.parametrize("made_forward", [False, True])
 
 ROWS = [((4, 5), 1), ((7, 13), 1)]
@@ -95,6 +98,44 @@ def test_second_order_equals_the_reference(made_forward, call, seed):
         actual = jax.jit(lambda: second_order(jaxent.linear_cross_entropy))()
         expected = jax.jit(lambda: second_order(reference.linear_cross_entropy))()
         jax.tree.map(lambda a, b: assert_close(a, b, 1e4), actual, expected)
+
+
+@forms
+@pytest.mark.parametrize("dtype, option_dtype", [*itertools.permutations(FLOATS, 2)])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_second_order_of_arrays_of_two_dtypes(made_forward, dtype, option_dtype, kind):
+    """What lowers, and to gradients of the arguments' dtypes; the laws compare values."""
+
+    def zeros(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    floats = {
+        "hidden": zeros(dtype, 6, 4),
+        "kernel": zeros(dtype, 4, 10),
+        "bias": zeros(option_dtype, 10),
+        "weight": zeros(option_dtype, 10),
+        "sample_weight": zeros(option_dtype, 6),
+        **{name: zeros(option_dtype) for name in ("label_smoothing", "z_loss", "logit_scale")},
+    }
+    if kind == "probabilities":
+        floats["targets"] = zeros(option_dtype, 6, 10)
+
+    def head(floats):
+        given = {"targets": jnp.arange(6)} | floats
+        return jaxent.linear_cross_entropy(**given, softcap=5.0, chunk_size=4)
+
+    def dense(floats):
+        given = {"targets": jnp.arange(6)} | floats
+        logits = given.pop("hidden") @ given.pop("kernel") + given.pop("bias").astype(dtype)
+        return jaxent.cross_entropy(logits, **given, softcap=5.0)
+
+    with jax.enable_x64(True), gradients_in_the_forward_pass(made_forward):
+        for gradient in map(jax.grad, [head] if made_forward else [head, dense]):
+            product = jax.jit(lambda f, *x: jax.jvp(f, x[:1], x[1:]), static_argnums=0)
+            for out in product.lower(gradient, floats, floats).out_info:
+                assert jax.tree.map(lambda x: x.dtype, out) == jax.tree.map(
+                    lambda x: x.dtype, floats
+                )
 
 
 @forms
