@@ -132,15 +132,6 @@ def vary_alike(*trees):
     return jax.tree.unflatten(structure, [_vary(leaf, union) for leaf in leaves])
 
 
-def zeros_like(x: Array, dtype: Any = None) -> Array:
-    """Zeros that are split as x is.
-
-    Those of `jnp.zeros_like` are whole, or raise, where an explicit mesh is that of the arguments
-    and none is set (jax 0.10.2 and 0.12.0.1). XLA knows that an integer times 0 is 0.
-    """
-    return (x.astype(jnp.int32) * 0).astype(x.dtype if dtype is None else dtype)
-
-
 def vary_like(x: Array, tree):
     """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
     axes = _varying_axes(x)

@@ -12,6 +12,7 @@ from ._axes import Names, num_shards, vary_like
 from ._numerics import compute_dtype
 from ._rows import Transform, row_gradients
 from ._targets import TargetMass
+from ._xla import add_slice, as_bits, from_bits, slice_of_bits, with_cpu_plan
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
 # took the same time for 2048 tokens (within 5 %), and 4096 more.
@@ -93,11 +94,7 @@ def on_platform(function, plan, *arguments):
     """On CPU, half precision is computed in float32, which XLA would turn it into anyway."""
     if jnp.finfo(plan.dtype).bits > 16:
         return function(plan, *arguments)
-    return jax.lax.platform_dependent(
-        *arguments,
-        cpu=functools.partial(function, dataclasses.replace(plan, cpu=True)),
-        default=functools.partial(function, plan),
-    )
+    return with_cpu_plan(function, plan, dataclasses.replace(plan, cpu=True), *arguments)
 
 
 def chunk_numbers(plan: Plan, head: Head) -> Array:
@@ -157,12 +154,7 @@ def _read_kernel(plan, kernel, start):
 def _slice_kernel(plan, kernel, start):
     if not plan.cpu or jnp.finfo(kernel.dtype).bits > 16:
         return take_slice(kernel, start, plan.chunk, plan.class_axis)
-    # XLA computes a slice of half precision as one of float32, hoists the cast out of the loop
-    # and holds a float32 copy of the kernel (jax 0.10.2). Its bits it slices as they are.
-    kernel, start = jax.lax.optimization_barrier((kernel, start))
-    bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
-    bits = take_slice(bits, start, plan.chunk, plan.class_axis)
-    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(bits, kernel.dtype))
+    return slice_of_bits(kernel, start, plan.chunk, plan.class_axis)
 
 
 def chunk_logits(plan, head):
@@ -209,17 +201,8 @@ def zero_gradients(plan, head):
     return vary_like(head.hidden, zeros)
 
 
-# Bits again: on CPU, XLA updates a slice of half precision by writing all of the array.
-
-
 def _store(plan, kernel):
-    bits = plan.cpu and jnp.finfo(kernel.dtype).bits == 16
-    return jax.lax.bitcast_convert_type(kernel, jnp.uint16) if bits else kernel
-
-
-def load_kernel(kernel, dtype):
-    bits = kernel.dtype == jnp.uint16
-    return jax.lax.bitcast_convert_type(kernel, dtype) if bits else kernel
+    return as_bits(kernel) if plan.cpu and jnp.finfo(kernel.dtype).bits == 16 else kernel
 
 
 def accumulate(plan, head, total, part, start, add=None):
@@ -234,7 +217,7 @@ def accumulate(plan, head, total, part, start, add=None):
     else:
         if num_classes % plan.chunk:  # classes seen before get 0
             old = take_slice(total.kernel, start, plan.chunk, plan.class_axis)
-            kernel += load_kernel(old, head.kernel.dtype).astype(kernel.dtype)
+            kernel += from_bits(old, head.kernel.dtype).astype(kernel.dtype)
         kernel = _store(plan, kernel.astype(head.kernel.dtype))
         kernel = jax.lax.dynamic_update_slice_in_dim(total.kernel, kernel, start, plan.class_axis)
 
@@ -250,17 +233,6 @@ def accumulate(plan, head, total, part, start, add=None):
         mass = dataclasses.replace(sums, probabilities=columns.probabilities, weight=columns.weight)
     scale = None if total.scale is None else total.scale + part.scale
     return Head(total.hidden + part.hidden, kernel, bias, mass, scale)
-
-
-def add_slice(total, part, start, axis):
-    part += take_slice(total, start, part.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
-
-
-def scatter_slice(total, part, start, axis):
-    """The same, but its transpose does not write to `total`'s cotangent, and copies none."""
-    dimensions = jax.lax.ScatterDimensionNumbers((0, 1), (), (axis,))
-    return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
 
 
 def chunk_gradients(plan, floats, fixed, i, logits=None):

@@ -45,3 +45,15 @@ def nan_where(condition: Any, dtype: Any) -> Array:
     select that does not take its NaN would be reported as one that does.
     """
     return jax.lax.sqrt(-jnp.asarray(condition, dtype))
+
+
+@jax.custom_jvp
+def finite_exp(x: Array) -> Array:
+    """Return exp(x), whose derivative is 0 where it is not finite."""
+    return jnp.exp(x)
+
+
+@finite_exp.defjvp
+def _finite_exp_jvp(primals, tangents):
+    exp = finite_exp(*primals)
+    return exp, jnp.where(jnp.isfinite(exp), exp, 0) * tangents[0]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from ._axes import Names, psum, zeros_like
+from ._axes import Names, psum
+from ._xla import sums_of
 
 
 def total(values: ArrayLike, examples: Names) -> Array:
@@ -25,14 +26,6 @@ def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
     if reduction == "none":
         return functools.reduce(jnp.add, numerators)
     if reduction == "sum":
-        return jax.lax.reduce_sum(_totals(numerators, examples), (0,))
-    above, below = jnp.split(_totals(numerators + denominators, examples), 2)
+        return jax.lax.reduce_sum(psum(sums_of(numerators), examples), (0,))
+    above, below = jnp.split(psum(sums_of(numerators + denominators), examples), 2)
     return jax.lax.reduce_sum(above / jnp.where(below == 0, 1, below), (0,))
-
-
-def _totals(terms, examples):
-    """Stacked: else XLA's CPU compiler makes a kernel of each (jax 0.10.2), and of some parts."""
-    if any(jax.typeof(term) != jax.typeof(terms[0]) for term in terms):
-        terms = [term + zeros_like(terms[0]) for term in terms]  # of one sharding
-    stacked = jax.lax.concatenate([jax.lax.expand_dims(term, (0,)) for term in terms], 0)
-    return psum(jax.lax.reduce_sum(stacked, tuple(range(1, stacked.ndim))), examples)

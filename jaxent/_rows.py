@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import Names, first_class, psum, zeros_like
-from ._classes import one_hot
-from ._numerics import blank_uncounted, compute_dtype, times, unless_zero
+from ._axes import Names, first_class, local_index, psum
+from ._numerics import blank_uncounted, compute_dtype, finite_exp, times, unless_zero
+from ._xla import one_hot, others_mask, take_class, zeros_like
 
 
 class Transform(NamedTuple):
@@ -123,6 +123,25 @@ def centre(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array
     return centred if class_mask is None else jnp.where(class_mask, centred, -jnp.inf)
 
 
+def centre_at(
+    transform: Transform,
+    x: Array,
+    shift: Any,
+    class_mask: Any,
+    index: Array,
+    axis: int,
+    take: Any = take_class,
+) -> Array:
+    """Return `centre` at a class of each row, any value where the index is < 0."""
+    exists = None if class_mask is None else take((class_mask,), index, axis, jnp.float32) > 0
+
+    def visible(x, class_mask):
+        x = x.astype(compute_dtype(x))
+        return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
+
+    return centre(transform, take((x, class_mask), index, axis, visible), shift, exists)
+
+
 @jax.custom_jvp
 def exponentials(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
     """Return exp(z - shift)."""
@@ -134,24 +153,6 @@ def _exponentials_jvp(primals, tangents):
     exps = exponentials(*primals)
     d_z = _transform_tangent(*primals[:2], *tangents[:2])
     return exps, jnp.where(jnp.isfinite(exps), exps, 0) * d_z
-
-
-@jax.custom_jvp
-def finite_exp(x: Array) -> Array:
-    """Return exp(x), whose derivative is 0 where it is not finite."""
-    return jnp.exp(x)
-
-
-@finite_exp.defjvp
-def _finite_exp_jvp(primals, tangents):
-    exp = finite_exp(*primals)
-    return exp, jnp.where(jnp.isfinite(exp), exp, 0) * tangents[0]
-
-
-def others_mask(apart: Array, x: Array, axis: int, class_mask: Any) -> Array:
-    """Return which classes exist besides the one apart."""
-    others = ~one_hot(apart, x, axis)
-    return others if class_mask is None else class_mask & others
 
 
 @jax.custom_jvp
@@ -301,17 +302,19 @@ def combine_shards(
     return top, RowSums(**psum(parts, names))
 
 
-def combine_argmax(peak: Array, best: Array, num_classes: int, names: Names) -> Array:
-    """Return the most probable class of whole rows, the first of equals, given each shard's own.
+def combine_argmax(peak: Array, best: Array, num_classes: int, names: Names) -> tuple[Array, Array]:
+    """Return the most probable class of whole rows, the first of equals, given each shard's own;
+    and relative to this shard's classes, -1 for another shard's.
 
     `peak` is that class's logit, on each shard; NaN is above all.
     """
     if not names:
-        return best
+        return best, best
     best = best.astype(jnp.int32) + first_class(num_classes, names)
     peak = jax.lax.stop_gradient(peak)
     largest = (peak == jax.lax.pmax(peak, names)) | jnp.isnan(peak)
-    return jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
+    whole = jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
+    return whole, local_index(whole, num_classes, names)
 
 
 def total(left: Array, others: Array) -> Array:
@@ -322,6 +325,10 @@ def total(left: Array, others: Array) -> Array:
 @jax.custom_jvp
 def log_total(left: Array, others: Array) -> Array:
     """Return the logarithm of the total: log1p(others) where the class apart is the largest."""
+    return _log_total(left, others)
+
+
+def _log_total(left, others):
     # Where left < 0, another class is the largest, and others >= 1: no digit is lost.
     return jnp.log1p(others + (jnp.exp(left) - 1))
 
@@ -336,7 +343,7 @@ def _log_total_jvp(primals, tangents):
 @jax.custom_jvp
 def surprise(left: Array, others: Array) -> Array:
     """Return -log p of the class apart, right to its last digits where p is nearly 1."""
-    return log_total(left, others) - left
+    return _log_total(left, others) - left
 
 
 @surprise.defjvp

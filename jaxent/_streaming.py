@@ -27,10 +27,8 @@ from ._chunks import (
     chunk_mass,
     chunk_numbers,
     keeps_best_apart,
-    load_kernel,
     on_platform,
     read_chunk,
-    scatter_slice,
     transform_of,
     zero_gradients,
 )
@@ -38,6 +36,7 @@ from ._classes import first_best
 from ._dense import set_sums
 from ._numerics import compute_dtype
 from ._rows import RowSums, merge
+from ._xla import from_bits, packed, scatter_slice, unpacked
 
 
 def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
@@ -49,24 +48,23 @@ def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Arr
       fixed: which classes exist, class indices, uncounted tokens and a cap.
     """
     head, fixed = vary_alike(head, fixed)
-    packed, best = _packed_sums(plan, head, fixed)
-    shift, sums = _unpack(plan, head, fixed, packed)
+    values, best = _packed_sums(plan, head, fixed)
+    shift, sums = _unpack(plan, head, fixed, values)
     return jax.lax.stop_gradient(shift), sums, best
 
 
-# One array of floats, for `vmap`'s sake: see `_dense`. The class has its own, as no float has
-# the number of each: it is selected by the sums, so that `vmap` maps both or neither.
+# The class is an output of its own, as no float has the number of each: it is selected by the sums,
+# so that `vmap` maps both or neither, as `packed` is for.
 def _pack(shift, sums, best):
-    packed = jnp.concatenate(jax.tree.leaves((shift, sums)), -1)
+    values = packed((shift, sums), -1)
     if best is not None:
-        best = jnp.where(jnp.any(packed > 0, -1, keepdims=True), best, best)
-    return packed, best
+        best = jnp.where(jnp.any(values > 0, -1, keepdims=True), best, best)
+    return values, best
 
 
-def _unpack(plan, head, fixed, packed):
+def _unpack(plan, head, fixed, values):
     asked = _sums_like(plan, head, fixed, 0)
-    structure = jax.tree.structure((0, asked))
-    return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[-1], -1))
+    return unpacked(jax.tree.structure((0, asked)), values, -1)
 
 
 def _sums_like(plan, head, fixed, value):
@@ -206,7 +204,7 @@ def _gradients_pass(plan, floats, fixed):
 
     zeros = zero_gradients(plan, head)
     gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
-    return gradients._replace(kernel=load_kernel(gradients.kernel, head.kernel.dtype))
+    return gradients._replace(kernel=from_bits(gradients.kernel, head.kernel.dtype))
 
 
 @_gradients.defjvp

@@ -22,10 +22,11 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
-from ._axes import Names, local_index, num_shards, psum, zeros_like
-from ._classes import along, pick
+from ._axes import Names, local_index, num_shards, psum
+from ._classes import along
 from ._numerics import blank_uncounted, nan_where
 from ._rows import Transform
+from ._xla import take_class, zeros_like
 
 
 class Given(NamedTuple):
@@ -117,7 +118,7 @@ class TargetMass:
             here = dataclasses.replace(self, probabilities=probabilities, weight=weight)
             return here.values(class_mask)
 
-        return pick((self.probabilities, self.weight, class_mask), index, axis, values)
+        return take_class((self.probabilities, self.weight, class_mask), index, axis, values)
 
     def by_class(self, function: Any, *others: "TargetMass") -> "TargetMass":
         """Return the mass with what has a class axis put through a function, with the others'."""
@@ -273,7 +274,7 @@ def read_existing(exists: Array, axis: int, classes: Names = ()) -> tuple[Array,
 
 def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
     """The class weight of each row's target; any value for an index out of range."""
-    chosen = pick((weight,), here, axis)
+    chosen = take_class((weight,), here, axis)
     return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
 
 

@@ -19,7 +19,6 @@ from ._chunks import (
     Head,
     Plan,
     accumulate,
-    add_slice,
     balance,
     blank_hidden,
     chunk_gradients,
@@ -31,6 +30,7 @@ from ._chunks import (
 from ._numerics import compute_dtype
 from ._rows import RowSums
 from ._streaming import head_sums, streamed_sums, sums_pass
+from ._xla import add_slice
 
 
 def head_total(

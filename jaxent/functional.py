@@ -33,8 +33,8 @@ from ._arguments import (
 )
 from ._axes import AxisName, Names, local_index, num_shards, read_axis_names
 from ._calls import compiled, public
-from ._classes import along, one_hot
-from ._dense import a_largest, first_largest, row_max, row_sums
+from ._classes import along
+from ._dense import row_max, row_sums
 from ._numerics import blank_uncounted, compute_dtype, times
 from ._reduction import reduce, total
 from ._rows import (
@@ -56,6 +56,7 @@ from ._targets import (
     read_given,
     read_indices,
 )
+from ._xla import once_per_row, one_hot
 
 
 class Options(NamedTuple):
@@ -115,18 +116,15 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     exists = class_table(class_mask, logits.shape, axis)
     x = logits.astype(compute_dtype(logits))
     finite = None if exists is None else read_existing(exists, axis, classes)[0]
-    shift, top = row_max(axis, Transform(), x, finite)
-    own = a_largest(axis, Transform(), x, top, finite)
-    best = _most_probable(own, shift, x.shape[axis], classes)
-    sums = row_sums(axis, Transform(), x, shift, finite, (best.own, None), None)
-    index, here = (best.whole, None), (best.here, None)
-    shift, sums = combine_shards(shift, sums, index, here, False, classes)
-    # Not x - shift - log_total of the largest, which would be 0 where that is nearly certain.
-    log_probs = jnp.where(
-        one_hot(best.here, x, axis),
-        -surprise(sums.left, sums.others),
-        x - shift - log_total(sums.left, sums.others),
+    shift, top, own = row_max(axis, Transform(), x, finite, with_class=True)
+    best, here = combine_argmax(top, own, x.shape[axis], classes)
+    sums = row_sums(axis, Transform(), x, shift, finite, (own, None), None)
+    shift, sums = combine_shards(shift, sums, (best, None), (here, None), False, classes)
+    shift, normalizer, best_loss = once_per_row(
+        (shift, log_total(sums.left, sums.others), surprise(sums.left, sums.others))
     )
+    # Not x - shift - normalizer of the largest, which would be 0 where that is nearly certain.
+    log_probs = jnp.where(one_hot(here, x, axis), -best_loss, x - shift - normalizer)
     if exists is not None:
         log_probs = jnp.where(exists, log_probs, -jnp.inf)
     return log_probs.astype(logits.dtype)
@@ -313,19 +311,6 @@ def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
     return reduced_loss(rows, given.z_loss, shift, sums, reduction, examples)
 
 
-class MostProbable(NamedTuple):
-    """The most probable class of each row, int32, (..., 1, ...)."""
-
-    own: Array  # among this shard's classes
-    whole: Array  # of all
-    here: Array  # the same relative to this shard's classes; -1 if it is another shard's
-
-
-def _most_probable(own: Array, peak: Array, num_classes: int, classes: Names) -> MostProbable:
-    whole = combine_argmax(peak, own, num_classes, classes)
-    return MostProbable(own, whole, local_index(whole, num_classes, classes))
-
-
 def rows_of_logits(
     axis: int, logits: Array, given: Given, classes: Names, stats: bool = False
 ) -> tuple[Rows, Any, RowSums, Any]:
@@ -334,15 +319,12 @@ def rows_of_logits(
     wide = compute_dtype(logits)
     rows = make_rows(axis, logits.shape, wide, given, classes)
     transform, exists = given.transform(wide), rows.exists
-    shift, top = row_max(axis, transform, logits, exists)
     own, whole, here = rows.here, rows.index, rows.here
-    if stats or whole is None:
-        peak = shift
-        if stats:
-            best, peak = first_largest(axis, transform, logits, exists)
-        else:
-            best = a_largest(axis, transform, logits, top, exists)
-        own, whole, here = _most_probable(best, peak, logits.shape[axis], classes)
+    with_class = stats or whole is None
+    shift, top, best = row_max(axis, transform, logits, exists, with_class)
+    if with_class:
+        own = best
+        whole, here = combine_argmax(top, best, logits.shape[axis], classes)
     target, target_here = (rows.index, rows.here) if stats else (None, None)
     sums = row_sums(
         axis, transform, logits, shift, exists, (own, target_here), rows.mass, moment=stats

@@ -226,9 +226,8 @@ def rows_of_head(
         shift, sums, best = head_sums(fitted, head, fixed._replace(target=here))
         index, own = (target, None), (here, None)
         if best is not None:
-            best = combine_argmax(shift, best, num_classes, names)
-            index = best, target
-            own = local_index(best, num_classes, names), here
+            best, best_here = combine_argmax(shift, best, num_classes, names)
+            index, own = (best, target), (best_here, here)
         top, sums = combine_shards(shift, sums, index, own, fixed.uncounted, names)
         return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
 

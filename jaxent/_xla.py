@@ -1,0 +1,598 @@
+"""What XLA and JAX made us write otherwise: every place, each a function that says why.
+
+The rest of the library reads as if the compiler were perfect. A docstring here says what happens
+without the function, where that was seen, and what the function costs. Each has a plain form,
+which `without(name)` takes instead: `tests/test_workarounds.py` shows what then breaks, on the
+newest JAX, and a workaround without which nothing breaks is to be taken out.
+
+CPU means XLA's CPU compiler. Others (GPU, TPU) get the formula unless a function says otherwise.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ._axes import meshes, vary_like
+from ._numerics import finite_exp
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The bytes of float32 exponentials that a CPU may keep from the forward pass to the backward pass.
+KEPT_BYTES = 2**25
+# The classes from which a CPU goes over a row in blocks: for its sums, and for its largest class.
+BLOCKED_SUM_CLASSES = 4096
+BLOCKED_ARGMAX_CLASSES = 128
+
+WORKAROUNDS: dict[str, Callable[..., Any]] = {}
+_switched_off: set[str] = set()
+
+
+def workaround(plain: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Name a function a workaround, of which `plain` is the form for a perfect compiler."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__
+        WORKAROUNDS[name] = function
+
+        @functools.wraps(function)
+        def call(*args: P.args, **keywords: P.kwargs) -> R:
+            form = plain if name in _switched_off else function
+            return form(*args, **keywords)  # type: ignore[no-any-return]
+
+        return call
+
+    return register
+
+
+@contextlib.contextmanager
+def without(name: str) -> Iterator[None]:
+    """Take a workaround's plain form in what is traced within this context."""
+    if name not in WORKAROUNDS:
+        raise ValueError(f"{name} is none of {', '.join(WORKAROUNDS)}")
+    jax.clear_caches()
+    _switched_off.add(name)
+    try:
+        yield
+    finally:
+        _switched_off.remove(name)
+        jax.clear_caches()
+
+
+# Shardings of an explicit mesh.
+
+
+@workaround(lambda x, dtype=None: jnp.zeros_like(x, dtype))
+def zeros_like(x: Array, dtype: Any = None) -> Array:
+    """Return zeros that are split as x is.
+
+    The zeros of `jnp.zeros_like` are whole, or raise, where an explicit mesh is that of the
+    arguments and none is set (jax 0.10.2 to 0.12.0.1). This costs nothing: XLA knows that an
+    integer times 0 is 0.
+    """
+    return (x.astype(jnp.int32) * 0).astype(x.dtype if dtype is None else dtype)
+
+
+@workaround(lambda x, axis: _numbers(x, axis))
+def class_numbers(x: Array, axis: int) -> Array:
+    """Return the numbers of the classes, broadcastable to x, and split as x is on an explicit mesh.
+
+    Numbers that are whole on each device make what is compared with them whole, or gathered (jax
+    0.10.2 for TPUs).
+    """
+    numbers, spec = _numbers(x, axis), jax.typeof(x).sharding.spec
+    return numbers + zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
+
+
+def _numbers(x, axis):
+    others = [i for i in range(x.ndim) if i != axis % x.ndim]
+    return jnp.expand_dims(jnp.arange(x.shape[axis], dtype=jnp.int32), others)
+
+
+# The value at one class of each row.
+
+
+def one_hot(index: Array, x: Array, axis: int) -> Array:
+    """Return where the class is the one at the index (..., 1, ...), broadcastable to x."""
+    return index == class_numbers(x, axis)
+
+
+def _masked_sum(
+    arrays: tuple[Any, ...], index: Array, axis: int, function: Any = lambda x: x
+) -> Array:
+    values = function(*arrays)
+    return jnp.sum(jnp.where(one_hot(index, values, axis), values, 0), axis, keepdims=True)
+
+
+@workaround(_masked_sum)
+def take_class(
+    arrays: tuple[Any, ...], index: Array, axis: int, function: Any = lambda x: x
+) -> Array:
+    """Return `function(*arrays)`, elementwise, at the class (..., 1, ...); any value if it is < 0.
+
+    Arrays are (..., C, ...), or tables of one value a class, (1, C, 1, ...), or None. On a CPU it
+    is a gather: a sum in which all other classes are 0 takes five times as long as the sum of the
+    exponentials (jax 0.10.2). Other backends fuse that sum with the pass over the same values, and
+    an explicit mesh that splits the classes, or the index alone, refuses the gather.
+    """
+    if not splits_alike(arrays, index):
+        return _masked_sum(arrays, index, axis, function)
+    on_cpu, others = (
+        functools.partial(f, axis=axis, function=function) for f in (gather_class, _masked_sum)
+    )
+    return jax.lax.platform_dependent(arrays, index, cpu=on_cpu, default=others)
+
+
+def splits_alike(arrays: tuple[Any, ...], index: Array) -> bool:
+    """Return whether an explicit mesh splits all of them as the index, or there is none."""
+    spec = jax.typeof(index).sharding.spec
+    return all(x is None or jax.typeof(x).sharding.spec == spec for x in arrays)
+
+
+def gather_class(
+    arrays: tuple[Any, ...], index: Array, axis: int, function: Any = lambda x: x
+) -> Array:
+    """Return what `take_class` does, as a gather."""
+    take = functools.partial(gather_bits, functools.partial(_gather, axis))
+    return function(*(None if values is None else take(values, index) for values in arrays))
+
+
+def _gather(axis, values, index):
+    """`jnp.take_along_axis`, and of a table's value for each index; clipped to the classes."""
+    axis %= values.ndim
+    if values.size == values.shape[axis]:
+        values, axis, batch = values.ravel(), 0, ()
+    else:
+        batch = tuple(i for i in range(values.ndim) if i != axis)
+    dimensions = jax.lax.GatherDimensionNumbers((), (axis,), (axis,), batch, batch)
+    one = (1,) * values.ndim
+    return jax.lax.gather(values, index[..., None], dimensions, one, mode="clip")
+
+
+@workaround(lambda gather, values, index: gather(values, index))
+def gather_bits(gather: Callable[[Array, Array], Array], values: Array, index: Array) -> Array:
+    """Return `gather(values, index)`; of half precision, the gather of its bits.
+
+    A CPU makes a float32 copy of a half-precision array to gather from (jax 0.10.2). The bits are
+    gathered as they are.
+    """
+    return _gathered_bits(gather, values, index)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gathered_bits(gather, values, index):
+    if values.dtype.itemsize != 2:
+        return gather(values, index)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
+    return jax.lax.bitcast_convert_type(gather(bits, index), values.dtype)
+
+
+@_gathered_bits.defjvp
+def _gathered_bits_jvp(gather, primals, tangents):
+    (values, index), (d_values, _) = primals, tangents
+    return _gathered_bits(gather, values, index), gather(d_values, index)
+
+
+# Rows in blocks of classes.
+
+
+def has_blocks(axis: int, x: Array, least: int) -> bool:
+    """Return whether a CPU is to go over the classes in blocks; not on a mesh, which may split."""
+    static = all(isinstance(size, int) and size for size in x.shape)
+    if not static or not is_last(axis, x) or meshes(x):
+        return False
+    return x.shape[axis] >= least and num_blocks(x.shape[axis]) > 1
+
+
+@functools.lru_cache
+def num_blocks(num_classes: int) -> int:
+    """Return into how many blocks of one size the classes are divided; 1 where no size is good."""
+    wanted = math.sqrt(num_classes)
+    sizes = [
+        size
+        for small in range(1, math.isqrt(num_classes) + 1)
+        if num_classes % small == 0
+        for size in (small, num_classes // small)
+    ]
+    best = min(sizes, key=lambda size: abs(math.log(size / wanted)))
+    return num_classes // best if wanted / 8 <= best <= 8 * wanted else 1
+
+
+def _blocks(x):
+    """(..., C) as (N, K, C / K), or (1, K, C / K) of a table."""
+    count = num_blocks(x.shape[-1])
+    return x.reshape(-1, count, x.shape[-1] // count)
+
+
+def _hidden_blocks(x):
+    # Hidden: XLA would go over the rows as they were.
+    return None if x is None else jax.lax.optimization_barrier(_blocks(x))
+
+
+def _take_block(blocks, which):
+    """One block, (N, B), of each row of blocks (N, K, B), or (1, K, B) of a table."""
+    if blocks is None or blocks.shape[0] == 1:
+        return None if blocks is None else blocks[0][which[:, 0]]
+    return gather_bits(_gather_block, blocks, which)
+
+
+def _gather_block(blocks, which):
+    dimensions = jax.lax.GatherDimensionNumbers((1,), (1,), (1,), (0,), (0,))
+    return jax.lax.gather(blocks, which, dimensions, (1, 1, blocks.shape[2]), mode="clip")
+
+
+def _row_max(axis, visible, first, x, class_mask, transform):
+    values = visible(x, class_mask, transform)
+    top = jnp.max(values, axis, keepdims=True)
+    return (top,) if first is None else (top, first(values, axis, transform))
+
+
+@workaround(_row_max)
+def row_max(
+    axis: int,
+    visible: Callable[[Array, Any, Any], Array],
+    first: Callable[[Array, int, Any], Array] | None,
+    x: Array,
+    class_mask: Any,
+    transform: Any,
+) -> tuple[Array, ...]:
+    """Return the largest of `visible(x, class_mask, transform)` of each row, and its first class.
+
+    `first(values, axis, transform)` is the class of the first of the largest values; None asks for
+    none. A CPU looks at the blocks' largest values for it, and then into one block: (4096, 1000)
+    float32 takes 1.1 ms so, and 4.1 ms if each value is compared with the largest; the largest
+    alone is 1.4 times as fast from 4096 classes on (jax 0.12.0.1).
+    """
+    plain = functools.partial(_row_max, axis, visible, first)
+
+    def in_blocks(x, class_mask, transform):
+        blocks, masks = _hidden_blocks(x), _hidden_blocks(class_mask)
+        tops = jnp.max(visible(blocks, masks, transform), -1)
+        tops = jax.lax.optimization_barrier(tops)
+        top = jnp.max(tops, -1, keepdims=True).reshape(*x.shape[:-1], 1)
+        if first is None:
+            return (top,)
+        which = first(tops, -1, transform)
+        block = _take_block(blocks, which), _take_block(masks, which)
+        inside = first(visible(*jax.lax.optimization_barrier(block), transform), -1, transform)
+        return top, (which * blocks.shape[2] + inside).reshape(top.shape)
+
+    least = BLOCKED_SUM_CLASSES if first is None else BLOCKED_ARGMAX_CLASSES
+    if not has_blocks(axis, x, least):
+        return plain(x, class_mask, transform)
+    return jax.lax.platform_dependent(x, class_mask, transform, cpu=in_blocks, default=plain)
+
+
+# The sum over a row's classes but one.
+
+
+def others_mask(apart: Array, x: Array, axis: int, class_mask: Any) -> Array:
+    """Return which classes exist besides the one apart."""
+    others = ~one_hot(apart, x, axis)
+    return others if class_mask is None else class_mask & others
+
+
+def _masked(axis, form, functions, x, class_mask, shift, transform, apart):
+    centre, _, exponentials = functions
+    centred = centre(transform, x, shift, class_mask)
+    left = _sum(axis, jnp.where(one_hot(apart, x, axis), centred, 0))
+    mask = others_mask(apart, x, axis, class_mask)
+    return left, _sum(axis, exponentials(transform, x, shift, mask))
+
+
+def _sum(axis, term):
+    axis %= term.ndim
+    return jax.lax.expand_dims(jax.lax.reduce_sum(term, (axis,)), (axis,))
+
+
+def sum_form(axis: int, x: Array, may_keep: bool, has_mass: bool, is_smoothed: bool) -> str:
+    """Return how a CPU sums up the exponentials of `apart_and_others`.
+
+    `may_keep` says whether the backward pass may find the exponentials again. In float32 they lie
+    in the gradient, which they become; of half precision, they may take KEPT_BYTES, and are made
+    again otherwise. Where "masked", they are 0 for the class apart.
+    """
+    if is_smoothed:
+        return "taken out"  # with smoothing no loss is small
+    # Of a symbolic shape (`jax.export`) no size is known; a number above 2**24 is no float32.
+    static = all(isinstance(size, int) for size in x.shape) and x.shape[axis] <= 2**24
+    if not static or not is_last(axis, x):
+        return "masked"
+    keeps = may_keep and (x.dtype.itemsize >= 4 or 4 * x.size <= KEPT_BYTES)
+    if keeps and x.dtype.itemsize < 4:
+        return "masked"
+    if has_mass or not has_blocks(axis, x, BLOCKED_SUM_CLASSES):
+        return "products"
+    return "kept blocks" if keeps else "blocks"
+
+
+@workaround(_masked)
+def apart_and_others(
+    axis: int,
+    form: str,
+    functions: tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]],
+    x: Array,
+    class_mask: Any,
+    shift: Array,
+    transform: Any,
+    apart: Array,
+) -> tuple[Array, Array]:
+    """Return z - shift of the class apart, any value if it is < 0, and the sum over the others.
+
+    The functions are `_rows.centre`, `_rows.centre_at` and `_rows.exponentials`. The formula is a
+    sum of exponentials that are 0 for the class apart. A select beside an exponential takes a CPU
+    off its fast path: (4096, 1000) float32 takes 2.5 ms so, and 1.3 ms without the select (jax
+    0.12.0.1). `form` is one of `sum_form`'s:
+
+    - products: times 0 or 1, which is 2.2 ms;
+    - blocks: sums of blocks, and once more of the one that has the class, from 4096 classes on;
+    - kept blocks: the same, of exponentials that are kept for the gradient;
+    - taken out: the sum over all less the class, where no small loss is made of it;
+    - masked: the formula, for what the gradient finds again as it is, and for other axes.
+    """
+    plain = functools.partial(_masked, axis, form, functions)
+    if not splits_alike((x, class_mask), apart):
+        return plain(x, class_mask, shift, transform, apart)
+    centre, centre_at, exponentials = functions
+
+    def gathered(x, class_mask, shift, transform, apart):
+        return centre_at(transform, x, shift, class_mask, apart, axis, gather_class)
+
+    def products(x, class_mask, shift, transform, apart):
+        exps = exponentials(transform, x, shift, class_mask)
+        others = _sum(axis, exps * _not_at(apart, x, exps.dtype))
+        return gathered(x, class_mask, shift, transform, apart), others
+
+    def masked(x, class_mask, shift, transform, apart):
+        mask = others_mask(apart, x, axis, class_mask)
+        others = _sum(axis, exponentials(transform, x, shift, mask))
+        return gathered(x, class_mask, shift, transform, apart), others
+
+    def taken_out(x, class_mask, shift, transform, apart):
+        left = gathered(x, class_mask, shift, transform, apart)
+        share = jnp.where(is_inside(apart, axis, x), finite_exp(left), 0)
+        return left, _sum(axis, exponentials(transform, x, shift, class_mask)) - share
+
+    def kept_blocks(x, class_mask, shift, transform, apart):
+        blocks = _blocks(exponentials(transform, x, shift, class_mask))
+        which, inside = _in_block(apart.reshape(-1, 1), blocks)
+        block = jax.lax.optimization_barrier(_take_block(blocks, which))
+        again = jnp.where(one_hot(inside, block, -1), 0, block)
+        others = _put_together(blocks, which, again, x)
+        return gathered(x, class_mask, shift, transform, apart), others
+
+    def in_blocks(x, class_mask, shift, transform, apart):
+        blocks, masks = _hidden_blocks(x), _hidden_blocks(class_mask)
+        shift = shift.reshape(-1, 1)
+        which, inside = _in_block(apart.reshape(-1, 1), blocks)
+        block = _take_block(blocks, which), _take_block(masks, which)
+        values, mask = jax.lax.optimization_barrier(block)
+        centred = centre(transform, values, shift, mask)
+        left = _sum(-1, jnp.where(one_hot(inside, values, -1), centred, 0))
+        mask = others_mask(inside, values, -1, mask)
+        again = exponentials(transform, values, shift, mask)
+        exps = exponentials(transform, blocks, shift[..., None], masks)
+        return left.reshape(*x.shape[:-1], 1), _put_together(exps, which, again, x)
+
+    forms = {
+        "products": products,
+        "blocks": in_blocks,
+        "kept blocks": kept_blocks,
+        "taken out": taken_out,
+        "masked": masked,
+    }
+    arguments = x, class_mask, shift, transform, apart
+    return jax.lax.platform_dependent(*arguments, cpu=forms[form], default=plain)
+
+
+def is_inside(index: Array, axis: int, x: Array) -> Array:
+    """Return where the class at the index is one of x."""
+    return (index >= 0) & (index < x.shape[axis])
+
+
+def _not_at(index, x, dtype):
+    """0 where the last axis' class is the one at the index (..., 1), else 1."""
+    distance = jnp.arange(x.shape[-1], dtype=dtype) - index.astype(dtype)
+    return jnp.minimum(distance * distance, 1)
+
+
+def _in_block(apart, blocks):
+    """Which block has the class apart, and where it is in there; -1 for none."""
+    which = jnp.clip(apart, 0) // blocks.shape[2]
+    return which, jnp.where(apart < 0, -1, apart - which * blocks.shape[2])
+
+
+def _put_together(blocks, which, again, x):
+    """The sum over all blocks, (..., 1), one of which is summed up again."""
+    sums = jnp.where(jnp.arange(blocks.shape[1]) == which, _sum(-1, again), jnp.sum(blocks, -1))
+    return _sum(-1, sums).reshape(*x.shape[:-1], 1)
+
+
+# Loops over few classes.
+
+
+def is_last(axis: int, x: Array) -> bool:
+    """Return whether it is the last axis."""
+    return axis % x.ndim == x.ndim - 1
+
+
+def _are_few(axis, x):
+    """On a CPU, 16 classes on the last axis, and 24 on another, are still unrolled (jax 0.10.2)."""
+    size = x.shape[axis]
+    return isinstance(size, int) and size <= (16 if is_last(axis, x) else 24)
+
+
+@workaround(lambda axis, has_mass, one_loop, one_by_one, x, *rest: one_by_one(x, *rest))
+def in_one_loop(
+    axis: int,
+    has_mass: bool,
+    one_loop: Callable[..., R],
+    one_by_one: Callable[..., R],
+    x: Array,
+    *rest: Any,
+) -> R:
+    """Return `one_loop(x, *rest)` on a CPU where its loop over the classes is unrolled.
+
+    Over a second axis of 21 classes it is 3 to 40 times as fast as sums one by one, which the
+    compiler gives to a library (jax 0.10.2). The library is slow, by 30 times for 21 classes, at
+    products of a table on any axis but the last, so many classes take the loop there, too; without
+    products it is the faster one for many. On a mesh, which may split the classes, no loop of
+    several sums is added up, but gathered.
+    """
+    if meshes(x) or not (_are_few(axis, x) or (has_mass and not is_last(axis, x))):
+        return one_by_one(x, *rest)
+    return jax.lax.platform_dependent(x, *rest, cpu=one_loop, default=one_by_one)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def sum_at_once(axis, terms):
+    """Return the sums of the terms over an axis, kept as 1, in one loop."""
+    leaves, structure = jax.tree.flatten(terms)
+    axis %= leaves[0].ndim
+    zeros = vary_like(leaves[0], tuple(jnp.zeros((), leaf.dtype) for leaf in leaves))
+    sums = jax.lax.reduce(tuple(leaves), zeros, _add, (axis,))
+    return jax.tree.unflatten(structure, [jnp.expand_dims(x, axis) for x in sums])
+
+
+def _add(a, b):
+    return jax.tree.map(jnp.add, a, b)  # one function, so that a second call compiles nothing
+
+
+@sum_at_once.defjvp
+def _sum_at_once_jvp(axis, primals, tangents):
+    d_sums = jax.tree.map(functools.partial(_sum, axis), tangents[0])
+    return sum_at_once(axis, *primals), d_sums
+
+
+# What is kept, made again, or made once.
+
+
+@workaround(lambda axis, x, has_mass, is_transformed: x)
+def computed_again(axis: int, x: Array, has_mass: bool, is_transformed: bool) -> Array:
+    """Return x, from which the backward pass makes again what the forward pass made of it.
+
+    Beside a target mass or a cap, XLA holds float32 arrays of the logits' size from the forward to
+    the backward pass (jax 0.10.2: for an H100, of capped logits; on CPUs, of both, but not of
+    capped ones alone, of which it holds more when x is hidden). CPUs vectorize the loop over few
+    classes of another axis than the last only if it makes them again.
+    """
+    hide_on_cpu = not is_last(axis, x) if _are_few(axis, x) else has_mass
+    hide_elsewhere = has_mass or is_transformed
+    if not hide_on_cpu and not hide_elsewhere:
+        return x
+    hidden, same = jax.lax.optimization_barrier, _same
+    return jax.lax.platform_dependent(
+        x, cpu=hidden if hide_on_cpu else same, default=hidden if hide_elsewhere else same
+    )
+
+
+def _same(x):
+    return x
+
+
+@workaround(_same)
+def once_per_row(values: R) -> R:
+    """Return values of the rows, behind a barrier.
+
+    A CPU fuses what makes a value of a row, a logarithm say, into the loop that uses it, and makes
+    it again for each class: log_softmax of (4096, 1000) float32 takes 1.2 times as long (jax
+    0.12.0.1).
+    """
+    return jax.lax.optimization_barrier(values)  # type: ignore[no-any-return]
+
+
+@workaround(lambda terms: jnp.stack([jnp.sum(term) for term in terms]))
+def sums_of(terms: Sequence[Array]) -> Any:
+    """Return the sum of each array, stacked.
+
+    A CPU makes a kernel, or several, of each sum alone (jax 0.10.2).
+    """
+    if any(jax.typeof(term) != jax.typeof(terms[0]) for term in terms):
+        terms = [term + zeros_like(terms[0]) for term in terms]  # of one sharding
+    stacked = jax.lax.concatenate([jax.lax.expand_dims(term, (0,)) for term in terms], 0)
+    return jax.lax.reduce_sum(stacked, tuple(range(1, stacked.ndim)))
+
+
+@workaround(lambda sums, axis: sums)
+def packed(sums: Any, axis: int) -> Any:
+    """Return the arrays (..., 1, ...) as one, (..., K, ...), to come out of a custom_vjp.
+
+    `vmap` gets the gradient of an unmapped argument wrong where some outputs of a custom_vjp are
+    mapped and others are not (jax 0.9.0 to 0.12.0.1).
+    """
+    leaves = jax.tree.leaves(sums)
+    return jax.lax.concatenate(leaves, axis % leaves[0].ndim)
+
+
+def unpacked(structure: Any, packed: Any, axis: int) -> Any:
+    """Return what `packed` was given, a tree of this structure."""
+    if not isinstance(packed, Array):
+        return packed
+    return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[axis], axis))
+
+
+# A head's half-precision arrays.
+
+
+@workaround(lambda function, plan, on_cpu, *arguments: function(plan, *arguments))
+def with_cpu_plan(function: Callable[..., R], plan: Any, on_cpu: Any, *arguments: Any) -> R:
+    """Return `function(plan, *arguments)`, on a CPU of another plan.
+
+    A CPU turns matmuls of half precision into float32 ones (jax 0.10.2); the plan for it reads
+    and writes slices of half precision by their bits, as `slice_of_bits` says.
+    """
+    cpu, default = (functools.partial(function, each) for each in (on_cpu, plan))
+    return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
+def _slice(array, start, size, axis):
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+@workaround(_slice)
+def slice_of_bits(array: Array, start: Array, size: int, axis: int) -> Array:
+    """Return a slice of a half-precision array, on a CPU.
+
+    It computes such a slice as one of float32, hoists the cast out of the loop and holds a float32
+    copy of the array (jax 0.10.2). Bits are sliced as they are.
+    """
+    array, start = jax.lax.optimization_barrier((array, start))
+    bits = _slice(jax.lax.bitcast_convert_type(array, jnp.uint16), start, size, axis)
+    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(bits, array.dtype))
+
+
+@workaround(_same)
+def as_bits(array: Array) -> Array:
+    """Return a half-precision array's bits, to be updated by slices.
+
+    A CPU updates a slice of half precision by writing all of the array (jax 0.10.2).
+    """
+    return jax.lax.bitcast_convert_type(array, jnp.uint16)
+
+
+def from_bits(array: Array, dtype: Any) -> Array:
+    """Return the array of which these are the bits; other arrays as they are."""
+    bits = array.dtype == jnp.uint16
+    return jax.lax.bitcast_convert_type(array, dtype) if bits else array
+
+
+def add_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
+    """Return the total with the part added to a slice of it."""
+    part += _slice(total, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
+
+
+@workaround(add_slice)
+def scatter_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
+    """Return the total with the part added to a slice of it, by a scatter.
+
+    The transpose of `add_slice` writes to the total's cotangent, and copies it each time.
+    """
+    dimensions = jax.lax.ScatterDimensionNumbers((0, 1), (), (axis,))
+    return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
