@@ -109,6 +109,7 @@ _THEN = {
         "extremes::zero_target_mass_on_minus_infinity_is_zero",
         "extremes::traced_smoothing_of_zero_ignores_minus_infinity",
         "extremes::infinite_class_weight_hurts_only_its_class",
+        "extremes::infinite_class_weight_of_the_target_is_infinite_with_the_gradients_signs",
         "extremes::nan_in_a_counted_row_shows_in_its_row_alone",
         "extremes::target_out_of_range_poisons_the_gradients_that_examples_share",
         "extremes::uncounted_target_out_of_range_is_no_error",
