@@ -91,6 +91,7 @@ _FIRST = {
 }
 _THEN = {
     "mean": [
+        "laws::total_weight_equals_its_reference_and_what_mean_divides_by",
         "laws::nll_equals_its_reference",
         "extremes::a_denominator_of_0_is_the_constant_1",
         "sharding::none_is_each_shards_own_part_of_the_whole",
