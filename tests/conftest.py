@@ -11,8 +11,18 @@ if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+# For `tools/mutate.py`: what fails is not made smaller, and a busy machine is no failure.
+hypothesis.settings.register_profile(
+    "mutants",
+    deadline=None,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+elif profile := os.environ.get("HYPOTHESIS_PROFILE"):
+    hypothesis.settings.load_profile(profile)
 
 
 @pytest.fixture(scope="module", params=["in one loop", "one by one"])

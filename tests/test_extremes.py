@@ -126,6 +126,14 @@ def test_infinite_class_weight_hurts_only_its_class():
     assert np.isfinite(jaxent.cross_entropy(np.zeros((1, 2)), np.array([0]), weight=weight))
 
 
+def test_infinite_class_weight_of_the_target_is_infinite_with_the_gradients_signs():
+    """Not NaN: each class's share of it is infinite."""
+    weight = np.array([INF, 1, 1], "float32")
+    losses, gradient = loss_and_gradient(np.zeros((1, 3), "float32"), np.array([0]), weight=weight)
+    np.testing.assert_array_equal(losses, [INF])
+    np.testing.assert_array_equal(gradient, [[-INF, INF, INF]])
+
+
 @pytest.mark.parametrize("module", [jaxent, reference])
 @pytest.mark.parametrize("bad", [INF, NAN])
 def test_bad_weight_of_an_uncounted_class_reaches_nothing(module, bad):
