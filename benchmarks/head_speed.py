@@ -10,12 +10,10 @@ itself. The peers are timed for three shapes, and there the loss alone too.
 
 import functools
 import itertools
-from unittest import mock
-
-import jax
 
 import jaxent
 from jaxent import linear
+from jaxent._forms import forced
 
 from .engine import Row, interleaved, number
 from .heads import DTYPES, INSTALLED, PEERS, SHAPES, draw, runner, runner_of
@@ -50,22 +48,28 @@ def surface():
 
 
 def in_order(forward, hidden, kernel, targets):
-    with mock.patch.object(linear, "_made_forward", lambda *_: forward):
+    with forced(made_forward=forward):
         return jaxent.linear_cross_entropy(hidden, kernel, targets)
 
 
 def chosen_order(arrays):
     """Whether jaxent would make the gradients forward."""
-    found, choose = [], linear._made_forward
-
-    def noted(*arguments):
-        found.append(choose(*arguments))
-        return found[-1]
-
-    with mock.patch.object(linear, "_made_forward", noted):
-        # A function of its own, or JAX remembers an earlier trace of it.
-        jax.eval_shape(lambda *args: jaxent.linear_cross_entropy(*args), *arrays)
-    return found[0]
+    hidden, kernel, targets = arrays
+    plan, layout, h, k, _, _ = linear.read_head(
+        hidden,
+        kernel,
+        targets,
+        bias=None,
+        class_axis=-1,
+        dtype=None,
+        precision=None,
+        chunk_size=None,
+        axis_name=None,
+        class_axis_name=None,
+        width_axis_name=None,
+        ignore_index=-100,
+    )
+    return linear.is_made_forward(plan, h, k, layout)
 
 
 def alternatives(arrays, forward):

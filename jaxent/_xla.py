@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._axes import meshes, vary_like
+from ._forms import chosen
 from ._numerics import finite_exp
 
 P = ParamSpec("P")
@@ -304,7 +305,8 @@ def sum_form(axis: int, x: Array, may_keep: bool, has_mass: bool, is_smoothed: b
     static = all(isinstance(size, int) for size in x.shape) and x.shape[axis] <= 2**24
     if not static or not is_last(axis, x):
         return "masked"
-    keeps = may_keep and (x.dtype.itemsize >= 4 or 4 * x.size <= KEPT_BYTES)
+    kept_bytes = chosen("kept_bytes", lambda: KEPT_BYTES)
+    keeps = may_keep and (x.dtype.itemsize >= 4 or 4 * x.size <= kept_bytes)
     if keeps and x.dtype.itemsize < 4:
         return "masked"
     if has_mass or not has_blocks(axis, x, BLOCKED_SUM_CLASSES):
@@ -428,6 +430,10 @@ def _are_few(axis, x):
     return isinstance(size, int) and size <= (16 if is_last(axis, x) else 24)
 
 
+def _is_faster_in_one_loop(axis, x, has_mass):
+    return not meshes(x) and (_are_few(axis, x) or (has_mass and not is_last(axis, x)))
+
+
 @workaround(lambda axis, has_mass, one_loop, one_by_one, x, *rest: one_by_one(x, *rest))
 def in_one_loop(
     axis: int,
@@ -445,7 +451,7 @@ def in_one_loop(
     products it is the faster one for many. On a mesh, which may split the classes, no loop of
     several sums is added up, but gathered.
     """
-    if meshes(x) or not (_are_few(axis, x) or (has_mass and not is_last(axis, x))):
+    if not chosen("one_loop", _is_faster_in_one_loop, axis, x, has_mass):
         return one_by_one(x, *rest)
     return jax.lax.platform_dependent(x, *rest, cpu=one_loop, default=one_by_one)
 

@@ -42,6 +42,7 @@ from ._axes import (
 from ._calls import compiled, public
 from ._chunks import Fixed, Head, Plan, choose_chunk
 from ._classes import along
+from ._forms import chosen
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._numerics import compute_dtype
 from ._rows import combine_argmax, combine_shards
@@ -180,12 +181,12 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    if reduction != "none" and _made_forward(plan, h, k, layout):
-        plan = dataclasses.replace(plan, made_forward=True, block=BLOCK)
+    if reduction != "none" and chosen("made_forward", is_made_forward, plan, h, k, layout):
+        plan = dataclasses.replace(plan, made_forward=True, block=chosen("block", lambda: BLOCK))
     return _linear_cross_entropy((plan, layout, reduction), h, k, b, given)
 
 
-def _made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
+def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
     """Whether gradients are made forward: a loop over tokens, which must be this device's own.
 
     A symbolic number of them (`jax.export`) is not cut into blocks.

@@ -1,7 +1,6 @@
 """Eight host devices, set before JAX is imported, and the same examples in every CI run."""
 
 import os
-from unittest import mock
 
 import hypothesis
 import pytest
@@ -31,7 +30,9 @@ def sums(request):
     classes, which nearly all tests have."""
     import jax
 
+    from jaxent._forms import forced
+
     jax.clear_caches()
-    with mock.patch("jaxent._dense._is_unrolled", lambda *_: request.param == "in one loop"):
+    with forced(one_loop=request.param == "in one loop"):
         yield
     jax.clear_caches()

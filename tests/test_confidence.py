@@ -5,7 +5,6 @@ rounds. What is compared with is made in float64, without a subtraction of what 
 """
 
 import functools
-from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -18,6 +17,7 @@ from test_laws import gradients_in_the_forward_pass, over_halves_of_the_classes
 
 import jaxent
 from jaxent import reference
+from jaxent._forms import forced
 
 law = examples(5)
 
@@ -206,7 +206,7 @@ def test_a_nearly_certain_row_of_many_classes_is_exact(with_gradient, dtype):
     targets = jnp.array([0, 2050, 4099])
     logits = logits.at[jnp.arange(3), targets].set(jnp.array([12, 22, 40], dtype))
     loss, gradient, *_ = exact(logits.astype("float32"), targets)
-    with mock.patch("jaxent._xla.KEPT_BYTES", 0):
+    with forced(kept_bytes=0):
         if not with_gradient:
             assert_right(jax.jit(of_indices)(logits, targets), loss, "float32", 12)
             return

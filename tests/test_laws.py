@@ -1,7 +1,5 @@
 """The laws that define the library, each over generated calls, values and gradients."""
 
-import contextlib
-
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ from hypothesis import assume, given
 
 import jaxent
 from jaxent import reference
+from jaxent._forms import forced
 
 law = examples(15)
 HALF_AND_SINGLE = ["float32", "bfloat16"]
@@ -359,12 +358,8 @@ def test_head(made_forward, call):
     assert_same(actual, evaluate(reference.linear_cross_entropy, call), 2 * ULPS)
 
 
-@contextlib.contextmanager
 def gradients_in_the_forward_pass(wanted):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxent.linear, "_made_forward", lambda *_: wanted)
-        patch.setattr(jaxent.linear, "BLOCK", 3)
-        yield
+    return forced(made_forward=wanted, block=3)
 
 
 @law

@@ -17,7 +17,8 @@ from sharded_calls import AUTO, AXES, CASES, WHOLE, call, given, specs, whole, w
 
 import jaxent
 import jaxent.linear
-from jaxent import _classes
+from jaxent import _xla
+from jaxent._forms import forced
 
 kinds = pytest.mark.parametrize("kind", MESHES)
 TOLD = {"auto": AUTO, "explicit": WHOLE}
@@ -158,10 +159,8 @@ def test_second_order_equals_the_whole(case, kind):
 
 
 @kinds
-def test_gradients_made_forward_are_added_up_once(kind, monkeypatch):
+def test_gradients_made_forward_are_added_up_once(kind):
     """Not for each block of tokens: a device goes over blocks of its own."""
-    monkeypatch.setattr(jaxent.linear, "_made_forward", lambda *_: True)
-    monkeypatch.setattr(jaxent.linear, "BLOCK", 3)
     mesh = make_mesh(kind, data=8)
     tree = given("linear")
     where = {"h_b": P("data", None, None), "k": P(None, None), "y_b": P("data", None)}
@@ -172,7 +171,7 @@ def test_gradients_made_forward_are_added_up_once(kind, monkeypatch):
         )
 
     names = {"axis_name": "data"} if kind == "auto" else {}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), forced(made_forward=True, block=3):
         f = jax.jit(with_gradients(loss(names)))
         program = f.lower(lay_out(mesh, tree, where)).compile()
         actual = program(lay_out(mesh, tree, where))
@@ -343,7 +342,7 @@ def test_what_is_compared_with_classes_is_split_like_them():
     tree = given("cross_entropy")
 
     def kinds_of(x, y):
-        hits = _classes.one_hot(y[:, None], x, -1)
+        hits = _xla.one_hot(y[:, None], x, -1)
         return jax.typeof(hits).sharding.spec
 
     with jax.set_mesh(mesh):
