@@ -9,16 +9,18 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 ArrayOrList = ArrayLike | Sequence[Any]
+Reduction = Literal["mean", "sum", "none"]
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 NUMBERS = (bool, int, float, complex, np.generic)
 
 
@@ -189,25 +191,25 @@ def _read_integer(name: str, value: Any, wanted: str, hint: str = "") -> int:
 
 def _static(name: str, value: Any) -> str:
     """A value that has to be known while tracing, in an error message."""
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         return describe(value)
     return f"{describe(value)}, traced; name {name!r} in static_argnames of jax.jit"
 
 
 def read_axis(axis: Any, ndim: int, name: str) -> int:
-    axis = _read_integer("axis", axis, "an integer")
-    if ndim == 1 and axis == 1:  # PyTorch's class axis, of one example
+    number = _read_integer("axis", axis, "an integer")
+    if ndim == 1 and number == 1:  # PyTorch's class axis, of one example
         return 0
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"axis={axis} is out of range for {name} of {ndim} dimensions")
-    return axis % ndim
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis={number} is out of range for {name} of {ndim} dimensions")
+    return number % ndim
 
 
 def read_num_classes(num_classes: Any) -> int:
-    num_classes = _read_integer("num_classes", num_classes, "a Python integer")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be positive, got {num_classes}")
-    return num_classes
+    number = _read_integer("num_classes", num_classes, "a Python integer")
+    if number < 1:
+        raise ValueError(f"num_classes must be positive, got {number}")
+    return number
 
 
 def check_axis(axis: Any) -> None:
@@ -359,7 +361,7 @@ def read_softcap(softcap: Any) -> float | None:
     except (TypeError, ValueError, jax.errors.JAXTypeError):
         value = math.nan
     if isinstance(softcap, (str, bytes)) or not 0 < value < math.inf:
-        error = TypeError if isinstance(softcap, jax.core.Tracer) else ValueError
+        error = TypeError if isinstance(softcap, Tracer) else ValueError
         raise error(
             f"softcap must be a positive Python number or None, got {_static('softcap', softcap)}"
         )
@@ -427,6 +429,7 @@ def read_kernel_axis(class_axis: Any) -> int:
 def read_dtype(dtype: Any) -> Any:
     if dtype is None:
         return None
+    read: Any = None
     try:
         if isinstance(dtype, (jax.Array, np.ndarray, np.generic)):
             raise TypeError

@@ -5,8 +5,8 @@ own shard; or one of a mesh that `jit` splits arrays over, where a call sees who
 there is nothing to add up.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ._arguments import describe
 
-AxisName = str | Sequence[Any] | PartitionSpec | None
+AxisName = str | Sequence[str | Sequence[str] | None] | PartitionSpec | None
 Names = tuple[str, ...]
+
+Tree = TypeVar("Tree")
 
 
 def flat_names(axis_name: AxisName) -> Names:
@@ -90,11 +92,11 @@ def _is_mapped(name: str) -> bool:
     return True
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[str]) -> str:
     return f"which has {', '.join(map(repr, sorted(names)))}" if names else "of which there is none"
 
 
-def psum(values: Any, names: Names) -> Any:
+def psum(values: Tree, names: Names) -> Tree:
     """The sums over mapped axes, of what varies over all, some or none of them."""
     of_mesh = tuple(name for name in names if in_shard_map((name,)))
     others = tuple(name for name in names if name not in of_mesh)
@@ -121,7 +123,7 @@ def local_index(index: Array, num_classes: int, names: Names) -> Array:
     return jnp.where((index >= 0) & (index < num_classes), index, -1) if names else index
 
 
-def vary_alike(*trees):
+def vary_alike(*trees: Any) -> Any:
     """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
 
     A custom_vjp returns cotangents that vary as its arguments do; marking the arguments
@@ -141,16 +143,18 @@ def zeros_like(x: Array, dtype: Any = None) -> Array:
     return (x.astype(jnp.int32) * 0).astype(x.dtype if dtype is None else dtype)
 
 
-def vary_like(x: Array, tree):
+def vary_like(x: Array, tree: Tree) -> Tree:
     """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
     axes = _varying_axes(x)
-    return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+    varying: Tree = jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+    return varying
 
 
-def _vary(x, axes):
+def _vary(x: Array, axes: frozenset[str]) -> Array:
     missing = tuple(axes - _varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _varying_axes(x: Array) -> frozenset:
-    return jax.typeof(x).mat.varying
+def _varying_axes(x: Array) -> frozenset[str]:
+    varying: frozenset[str] = jax.typeof(x).mat.varying
+    return varying

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,12 @@ from jax import Array
 
 from ._axes import Names, num_shards, vary_like
 from ._numerics import compute_dtype
-from ._rows import Transform, row_gradients
+from ._rows import RowSums, Transform, row_gradients
 from ._targets import TargetMass
+
+Result = TypeVar("Result")
+# Writes a slice of a gradient: (total, part, start, axis).
+Add = Callable[[Array, Array, Array, int], Array]
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
 # took the same time for 2048 tokens (within 5 %), and 4096 more.
@@ -46,7 +51,7 @@ class Head(NamedTuple):
     """What is differentiated; or its gradients."""
 
     hidden: Array  # (N, D)
-    kernel: Array  # (D, C) or (C, D), or this shard's part of D
+    kernel: Any  # (D, C) or (C, D), or this shard's part of D; None in a tree of the others
     bias: Array | None  # (1, C)
     mass: TargetMass | None  # its arrays scalars, (N, 1), (1, C) or (N, C)
     scale: Any = None  # of the logits, a scalar
@@ -89,15 +94,16 @@ def keeps_best_apart(plan: Plan, fixed: Fixed) -> bool:
     return plan.stats or fixed.target is None
 
 
-def on_platform(function, plan, *arguments):
+def on_platform(function: Callable[..., Result], plan: Plan, *arguments: Any) -> Result:
     """On CPU, half precision is computed in float32, which XLA would turn it into anyway."""
     if jnp.finfo(plan.dtype).bits > 16:
         return function(plan, *arguments)
-    return jax.lax.platform_dependent(
+    result: Result = jax.lax.platform_dependent(
         *arguments,
         cpu=functools.partial(function, dataclasses.replace(plan, cpu=True)),
         default=functools.partial(function, plan),
     )
+    return result
 
 
 def chunk_numbers(plan: Plan, head: Head) -> Array:
@@ -105,13 +111,13 @@ def chunk_numbers(plan: Plan, head: Head) -> Array:
     return jnp.arange(count, dtype=jnp.int32)
 
 
-def read_chunk(plan, head, fixed, i):
+def read_chunk(plan: Plan, head: Head, fixed: Fixed, i: Array) -> Chunk:
     """The i-th chunk. The last one ends with the classes, so it may begin with some seen before."""
     num_classes = head.kernel.shape[plan.class_axis]
     start = jnp.minimum(i * plan.chunk, num_classes - plan.chunk)
     kernel = _read_kernel(plan, head.kernel, start)
 
-    def part(table):
+    def part(table: Array) -> Array:
         return take_slice(table, start, plan.chunk, -1)
 
     exists = None if fixed.exists is None else part(fixed.exists)
@@ -141,20 +147,21 @@ def chunk_mass(plan: Plan, chunk: Chunk, num_classes: int, mass: TargetMass) -> 
     return dataclasses.replace(mass, probabilities=probabilities)
 
 
-def take_slice(array, start, size, axis):
+def take_slice(array: Array, start: Array, size: int, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _read_kernel(plan, kernel, start):
+def _read_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
     """A chunk of it, (D, chunk) or (chunk, D), gathered where its width is split."""
     part = _slice_kernel(plan, kernel, start)
     if not plan.width:
         return part
     part = part.astype(plan.dtype)  # so that no more is sent than is used
-    return jax.lax.all_gather(part, plan.width, axis=1 - plan.class_axis, tiled=True)
+    gathered: Array = jax.lax.all_gather(part, plan.width, axis=1 - plan.class_axis, tiled=True)
+    return gathered
 
 
-def _slice_kernel(plan, kernel, start):
+def _slice_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
     if not plan.cpu or jnp.finfo(kernel.dtype).bits > 16:
         return take_slice(kernel, start, plan.chunk, plan.class_axis)
     # XLA computes a slice of half precision as one of float32, hoists the cast out of the loop
@@ -162,19 +169,21 @@ def _slice_kernel(plan, kernel, start):
     kernel, start = jax.lax.optimization_barrier((kernel, start))
     bits = jax.lax.bitcast_convert_type(kernel, jnp.uint16)
     bits = take_slice(bits, start, plan.chunk, plan.class_axis)
-    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(bits, kernel.dtype))
+    part: Array = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(bits, kernel.dtype))
+    return part
 
 
-def chunk_logits(plan, head):
+def chunk_logits(plan: Plan, head: Head) -> Array:
     wide = compute_dtype(plan)
     operands = [x.astype(plan.dtype) for x in (head.hidden, head.kernel)]
     if plan.cpu:
         operands = [x.astype(wide) for x in operands]
-    logits = _matmul(plan, *operands, 1, 1 - plan.class_axis)
+    hidden, kernel = operands
+    logits = _matmul(plan, hidden, kernel, 1, 1 - plan.class_axis)
     return logits if head.bias is None else logits + head.bias.astype(wide)
 
 
-def _matmul(plan, a, b, a_axis, b_axis):
+def _matmul(plan: Plan, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(
         a,
         b,
@@ -184,7 +193,7 @@ def _matmul(plan, a, b, a_axis, b_axis):
     )
 
 
-def _matmul_gradients(plan, head, d_logits):
+def _matmul_gradients(plan: Plan, head: Head, d_logits: Array) -> tuple[Array, Array]:
     """Gradients of hidden and kernel; d_logits is rounded to bfloat16, but not to float16,
     which has no room for a small one."""
     narrow = plan.dtype == jnp.bfloat16 and not plan.cpu
@@ -197,7 +206,7 @@ def _matmul_gradients(plan, head, d_logits):
     return d_hidden, _matmul(plan, d_logits, hidden, 0, 0)
 
 
-def zero_gradients(plan, head):
+def zero_gradients(plan: Plan, head: Head) -> Head:
     wide = functools.partial(jnp.zeros_like, dtype=compute_dtype(plan))
     zeros = Head(
         hidden=wide(head.hidden),
@@ -212,17 +221,19 @@ def zero_gradients(plan, head):
 # Bits again: on CPU, XLA updates a slice of half precision by writing all of the array.
 
 
-def _store(plan, kernel):
+def _store(plan: Plan, kernel: Array) -> Array:
     bits = plan.cpu and jnp.finfo(kernel.dtype).bits == 16
     return jax.lax.bitcast_convert_type(kernel, jnp.uint16) if bits else kernel
 
 
-def load_kernel(kernel, dtype):
+def load_kernel(kernel: Array, dtype: Any) -> Array:
     bits = kernel.dtype == jnp.uint16
     return jax.lax.bitcast_convert_type(kernel, dtype) if bits else kernel
 
 
-def accumulate(plan, head, total, part, start, add=None):
+def accumulate(
+    plan: Plan, head: Head, total: Head, part: Head, start: Array, add: Add | None = None
+) -> Head:
     """Add a chunk's gradients to the whole's, of which it has a slice, or all.
 
     The kernel's is written once, in its dtype, unless `add` is there to add it.
@@ -238,13 +249,13 @@ def accumulate(plan, head, total, part, start, add=None):
         kernel = _store(plan, kernel.astype(head.kernel.dtype))
         kernel = jax.lax.dynamic_update_slice_in_dim(total.kernel, kernel, start, plan.class_axis)
 
-    def add_columns(total, part):
+    def add_columns(total: Array, part: Array) -> Array:
         return (add or add_slice)(total, part, start, 1)
 
     bias, mass = total.bias, total.mass
-    if bias is not None:
+    if bias is not None and part.bias is not None:
         bias = add_columns(bias, part.bias)
-    if mass is not None:
+    if mass is not None and part.mass is not None:
         columns = mass.by_class(add_columns, part.mass)
         sums = jax.tree.map(jnp.add, mass.without_classes(), part.mass.without_classes())
         mass = dataclasses.replace(sums, probabilities=columns.probabilities, weight=columns.weight)
@@ -252,18 +263,24 @@ def accumulate(plan, head, total, part, start, add=None):
     return Head(total.hidden + part.hidden, kernel, bias, mass, scale)
 
 
-def add_slice(total, part, start, axis):
+def add_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
     part += take_slice(total, start, part.shape[axis], axis)
     return jax.lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
 
 
-def scatter_slice(total, part, start, axis):
+def scatter_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
     """The same, but its transpose does not write to `total`'s cotangent, and copies none."""
     dimensions = jax.lax.ScatterDimensionNumbers((0, 1), (), (axis,))
     return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
 
 
-def chunk_gradients(plan, floats, fixed, i, logits=None):
+def chunk_gradients(
+    plan: Plan,
+    floats: tuple[Head, Array, RowSums],
+    fixed: Fixed,
+    i: Array,
+    logits: Array | None = None,
+) -> tuple[Array, Head]:
     """Where a chunk starts and what it adds to the gradients."""
     head, shift, cotangents = floats
     chunk = read_chunk(plan, head, fixed, i)
@@ -272,7 +289,7 @@ def chunk_gradients(plan, floats, fixed, i, logits=None):
     q, pull = None, None
     if head.mass is not None:
 
-        def values(mass):
+        def values(mass: TargetMass) -> Array:
             num_classes = head.kernel.shape[plan.class_axis]
             return chunk_mass(plan, chunk, num_classes, mass).values(chunk.class_mask)
 

@@ -30,7 +30,8 @@ def unless_zero(factor: Any, value: Any) -> Array:
 
 def times(factor: Any, value: Any) -> Array:
     """`factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
-    return factor * unless_zero(factor, value)
+    product: Array = factor * unless_zero(factor, value)
+    return product
 
 
 def blank_uncounted(weight: Any, value: Any) -> Array:

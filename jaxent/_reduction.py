@@ -1,12 +1,14 @@
 """From per-example terms to `none`, `sum` or `mean`, over mapped axes too."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from ._arguments import Reduction
 from ._axes import Names, psum, zeros_like
 
 
@@ -15,12 +17,14 @@ def total(values: ArrayLike, examples: Names) -> Array:
     return psum(jnp.sum(values), examples)
 
 
-def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
+def reduce(terms: list[tuple[Array, Array]], reduction: Reduction, examples: Names) -> Array:
     """Add up the terms, each a pair of per-example (numerator, denominator).
 
     `none` adds numerators, `sum` totals them, `mean` divides each term's total by its
     denominator's, or by 1 where that is 0: the mean over nothing is 0.
     """
+    numerators: tuple[Array, ...]
+    denominators: tuple[Array, ...]
     numerators, denominators = zip(*terms)
     if reduction == "none":
         return functools.reduce(jnp.add, numerators)
@@ -30,7 +34,7 @@ def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
     return jax.lax.reduce_sum(above / jnp.where(below == 0, 1, below), (0,))
 
 
-def _totals(terms, examples):
+def _totals(terms: Sequence[Array], examples: Names) -> Array:
     """Stacked: else XLA's CPU compiler makes a kernel of each (jax 0.10.2), and of some parts."""
     if any(jax.typeof(term) != jax.typeof(terms[0]) for term in terms):
         terms = [term + zeros_like(terms[0]) for term in terms]  # of one sharding

@@ -6,7 +6,7 @@ nothing left to decide.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,15 +105,16 @@ class TargetMass:
             uniform = self.smoothing * share
             q = uniform if q is None else (1 - self.smoothing) * q + uniform
         if self.weight is None:
-            return q
+            return cast(Array, q)
         # Whatever the weight of a class without mass is, NaN too; and in a row that is not counted.
         asked = q if self.sample_weight is None else q * self.sample_weight
-        return q * blank_uncounted(asked, self.weight)
+        weighted: Array = q * blank_uncounted(asked, self.weight)
+        return weighted
 
     def at(self, index: Array, axis: int, class_mask: Any) -> Array:
         """Return q at class indices (..., 1, ...); any value where they are < 0."""
 
-        def values(probabilities, weight, class_mask):
+        def values(probabilities: Any, weight: Any, class_mask: Any) -> Array:
             here = dataclasses.replace(self, probabilities=probabilities, weight=weight)
             return here.values(class_mask)
 
@@ -248,7 +249,7 @@ def make_rows(
     )
 
 
-def _weights(sample_weight, is_gone, dtype):
+def _weights(sample_weight: Array | None, is_gone: Array, dtype: Any) -> Array:
     """Sample weights, 0 for what is gone."""
     if sample_weight is None:
         return (~is_gone).astype(dtype)

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from ._arguments import (
     ArrayOrList,
+    Reduction,
     check_reduction,
     read_axis,
     read_class_axis,
@@ -62,7 +63,7 @@ class Options(NamedTuple):
     """What is static in a loss of logits."""
 
     axis: int = -1  # of the classes
-    reduction: str = "none"
+    reduction: Reduction = "none"
     examples: Names = ()  # mapped axes over which they are split
     classes: Names = ()
 
@@ -139,7 +140,7 @@ def nll(
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     axis: int | None = None,
     sample_weight: ArrayOrList | None = None,
     axis_name: AxisName = None,
@@ -205,7 +206,7 @@ def cross_entropy(
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: ArrayLike = 0.0,
     axis: int | None = None,
     sample_weight: ArrayOrList | None = None,
@@ -353,15 +354,17 @@ def rows_of_logits(
     return rows, shift, sums, whole
 
 
-def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):
+def reduced_loss(
+    rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: Reduction, examples: Names
+) -> Array:
     """The reduction of the examples' losses, computed without the class axis.
 
     With it, as 1 at the end, XLA's sum on the CPU takes five times longer (jax 0.10.2), and there
     are more kernels.
     """
-    squeezed: dict[int, Any] = {}
+    squeezed: dict[int, Array] = {}
 
-    def squeeze(x):
+    def squeeze(x: Array) -> Array:
         if id(x) not in squeezed:
             squeezed[id(x)] = jax.lax.squeeze(x, (rows.axis,)) if x.ndim else x
         return squeezed[id(x)]
@@ -390,10 +393,10 @@ def loss_terms(
     return terms
 
 
-def _loss(rows, sums):
+def _loss(rows: Rows, sums: RowSums) -> Array:
     loss = surprise(sums.left, sums.others)
     if sums.left_mass is not None:
-        mass_logit = sums.mass_logit - times(sums.mass, sums.left)
+        mass_logit: Array = sums.mass_logit - times(sums.mass, sums.left)
         return times(sums.mass + sums.left_mass, loss) - mass_logit
     if rows.picked_weight is not None:
         loss = times(rows.picked_weight, loss)
@@ -402,8 +405,8 @@ def _loss(rows, sums):
     return loss
 
 
-def _loss_of_log_probs(rows, sums):
-    loss = 0
+def _loss_of_log_probs(rows: Rows, sums: RowSums) -> Any:
+    loss: Any = 0
     if sums.left is not None:
         loss = -sums.left if rows.picked_weight is None else times(rows.picked_weight, -sums.left)
     return loss if sums.mass is None else loss - sums.mass_logit

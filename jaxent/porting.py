@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ._arguments import Reduction
 from .head import LinearHead
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
 
 
 def legacy_reduction(
-    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
-) -> str:
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+) -> Reduction:
     """The reduction that PyTorch's deprecated `size_average` and `reduce` stand for.
 
     Args:
@@ -114,7 +117,7 @@ def from_torch(module: Any) -> CrossEntropyLoss | NLLLoss | LinearHead:
     return _read_linear(module, keywords)
 
 
-def _read_linear(module, keywords) -> LinearHead:
+def _read_linear(module: Any, keywords: dict[str, Any]) -> LinearHead:
     if module.out_features:
         raise ValueError(
             f"module has out_features={tuple(module.out_features)}, several heads in one: call "
@@ -138,7 +141,7 @@ def _read_linear(module, keywords) -> LinearHead:
     return head
 
 
-def _read_parameter(tensor) -> jax.Array:
+def _read_parameter(tensor: Any) -> jax.Array:
     dtype = jnp.dtype(str(tensor.dtype).removeprefix("torch."))
     tensor = tensor.detach().cpu()
     if dtype == jnp.bfloat16:  # which torch has no NumPy type for

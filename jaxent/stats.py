@@ -22,7 +22,7 @@ from ._mesh import Layout
 from ._rows import RowSums, entropy, log_total, surprise
 from ._targets import Given, Rows, read_given
 from .functional import Options, rows_of_logits
-from .linear import PrecisionLike, read_head, rows_of_head
+from .linear import read_head, rows_of_head
 
 WANTED = "the statistics are of one class a token, given as an index"
 
@@ -115,7 +115,7 @@ def linear_token_stats(
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None,
+    precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
     ignore_index: int | None = -100,
     class_mask: ArrayOrList | None = None,
@@ -149,7 +149,7 @@ def linear_token_stats(
       (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
     """
     read_index_targets(targets, ignore_index, WANTED)
-    plan, layout, *arrays = read_head(
+    plan, layout, h, k, b, given = read_head(
         hidden,
         kernel,
         targets,
@@ -167,7 +167,7 @@ def linear_token_stats(
         ignore_index=ignore_index,
         stats=True,
     )
-    return _linear_token_stats((plan, layout), *arrays)
+    return _linear_token_stats((plan, layout), h, k, b, given)
 
 
 @compiled
@@ -192,4 +192,5 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenS
         prediction=prediction,
         correct=counted & is_prediction,
     )
-    return jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
+    squeezed: TokenStats = jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
+    return squeezed
