@@ -18,8 +18,8 @@ Setting an attribute checks it as construction does: `loss.weight = new_weight`.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from ._arguments import (
 )
 from ._axes import AxisName, check_axis_name
 from ._calls import public
+from ._keywords import CrossEntropyKeywords, LinearCrossEntropyKeywords, NLLKeywords
 from .functional import cross_entropy, nll
 from .linear import linear_cross_entropy
 
@@ -132,9 +133,9 @@ class _Loss(nnx.Pytree):
             )
         super().__setattr__(name, value)
 
-    def _keywords(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The function's keywords: those given to the call, and the object's, as constants."""
-        keywords = {name: getattr(self, name) for name in self._names} | given
+        keywords = {**{name: getattr(self, name) for name in self._names}, **given}
         for name, value in keywords.items():
             if name not in given and _is_array(value) and value.dtype != bool:
                 keywords[name] = jax.lax.stop_gradient(value)
@@ -193,7 +194,7 @@ class NLLLoss(_Loss):
         axis: int | None = None,
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
-    ):
+    ) -> None:
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -201,7 +202,9 @@ class NLLLoss(_Loss):
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name
 
-    def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
+    def __call__(
+        self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[NLLKeywords]
+    ) -> Array:
         """The loss. Any keyword of `jaxent.nll` given here (`sample_weight`, say) overrides the
         object's, and is differentiated."""
         return nll(log_probs, targets, **self._keywords(keywords))
@@ -242,7 +245,7 @@ class CrossEntropyLoss(_Loss):
         softcap: float | None = None,
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
-    ):
+    ) -> None:
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -255,7 +258,9 @@ class CrossEntropyLoss(_Loss):
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name
 
-    def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
+    def __call__(
+        self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[CrossEntropyKeywords]
+    ) -> Array:
         """The loss. Any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
         `reduction="none"`) overrides the object's, and is differentiated."""
         return cross_entropy(logits, targets, **self._keywords(keywords))
@@ -301,7 +306,7 @@ class LinearCrossEntropyLoss(_Loss):
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
         width_axis_name: AxisName = None,
-    ):
+    ) -> None:
         self.class_axis = class_axis
         self.dtype = dtype
         self.precision = precision
@@ -319,7 +324,11 @@ class LinearCrossEntropyLoss(_Loss):
         self.width_axis_name = width_axis_name
 
     def __call__(
-        self, hidden: ArrayOrList, kernel: ArrayOrList, targets: ArrayOrList, **keywords: Any
+        self,
+        hidden: ArrayOrList,
+        kernel: ArrayOrList,
+        targets: ArrayOrList,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array:
         """The loss. Any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
         `sample_weight`) overrides the object's, and is differentiated."""

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import typing
 
 import flax.linen as linen
 import jax
@@ -644,3 +645,22 @@ def test_object_takes_its_functions_keywords_with_their_defaults(make, function)
     keywords.pop("bias", None)
     del keywords["sample_weight"]
     assert {k: p.default for k, p in of_object.items()} == keywords
+
+
+@pytest.mark.parametrize(
+    ("call", "function"),
+    [
+        (jaxent.NLLLoss.__call__, jaxent.nll),
+        (jaxent.CrossEntropyLoss.__call__, jaxent.cross_entropy),
+        (jaxent.LinearCrossEntropyLoss.__call__, jaxent.linear_cross_entropy),
+        (jaxent.LinearHead.loss, jaxent.linear_cross_entropy),
+    ],
+)
+def test_a_call_is_typed_by_its_functions_keywords(call, function):
+    """An editor knows all of them, of the same types, and no other."""
+    (of_call,) = (p for p in inspect.signature(call).parameters.values() if p.kind is p.VAR_KEYWORD)
+    (keywords,) = typing.get_args(of_call.annotation)
+    of_function = inspect.signature(function).parameters.items()
+    expected = {k: p.annotation for k, p in of_function if p.kind is p.KEYWORD_ONLY}
+    assert typing.get_type_hints(keywords) == expected
+    assert not keywords.__required_keys__
