@@ -6,6 +6,8 @@ from unittest import mock
 import hypothesis
 import pytest
 
+collect_ignore = ["typing_user"]  # for type checkers alone
+
 FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
