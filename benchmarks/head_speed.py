@@ -50,7 +50,7 @@ def surface():
 
 
 def in_order(forward, hidden, kernel, targets):
-    with mock.patch.object(linear, "_made_forward", lambda *_: forward):
+    with mock.patch.object(linear, "_made_forward", lambda *_: forward):  # noqa: PT008
         return jaxent.linear_cross_entropy(hidden, kernel, targets)
 
 

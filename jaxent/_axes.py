@@ -42,13 +42,13 @@ def check_axis_name(argument: str, axis_name: Any) -> None:
 
 
 def meshes(*arrays: Array) -> list[Any]:
-    """The meshes known while tracing: the ambient one, and those of the arrays' types."""
+    """Return the meshes known while tracing: the ambient one, and those of the arrays' types."""
     known = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
     return [mesh for mesh in known if not mesh.empty]
 
 
 def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
-    """Of each argument, its names that are mapped. What is neither mapped nor a mesh's raises."""
+    """Return each argument's mapped names; one that is neither mapped nor of a mesh raises."""
     if not any(name is not None for name in given.values()):
         return ((),) * len(given)
     on_mesh = {name for mesh in meshes(*arrays) for name in mesh.axis_names}
@@ -78,7 +78,7 @@ def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
 
 
 def in_shard_map(names: Names) -> bool:
-    """Whether it is `shard_map` that maps them, not `vmap` or `pmap`."""
+    """Return whether it is `shard_map` that maps them, not `vmap` or `pmap`."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = zip(mesh.axis_names, mesh.axis_types)
     return set(names) <= {name for name, kind in manual if kind == AxisType.Manual}
@@ -97,7 +97,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def psum(values: Tree, names: Names) -> Tree:
-    """The sums over mapped axes, of what varies over all, some or none of them."""
+    """Return the sums over mapped axes, of what varies over all, some or none of them."""
     of_mesh = tuple(name for name in names if in_shard_map((name,)))
     others = tuple(name for name in names if name not in of_mesh)
     if of_mesh:
@@ -113,12 +113,12 @@ def num_shards(names: Names) -> int:
 
 
 def first_class(num_classes: int, names: Names) -> Array | int:
-    """The number of this shard's first class, each shard having `num_classes`."""
+    """Return the number of this shard's first class, each shard having `num_classes`."""
     return jax.lax.axis_index(names) * num_classes if names else 0
 
 
 def local_index(index: Array, num_classes: int, names: Names) -> Array:
-    """Class indices relative to this shard's classes; -1 for none, and for other shards'."""
+    """Return indices relative to this shard's classes; -1 for none, and for other shards'."""
     index = index - first_class(num_classes, names)
     return jnp.where((index >= 0) & (index < num_classes), index, -1) if names else index
 
@@ -135,7 +135,7 @@ def vary_alike(*trees: Any) -> Any:
 
 
 def zeros_like(x: Array, dtype: Any = None) -> Array:
-    """Zeros that are split as x is.
+    """Return zeros that are split as x is.
 
     Those of `jnp.zeros_like` are whole, or raise, where an explicit mesh is that of the arguments
     and none is set (jax 0.10.2 and 0.12.0.1). XLA knows that an integer times 0 is 0.
@@ -144,7 +144,7 @@ def zeros_like(x: Array, dtype: Any = None) -> Array:
 
 
 def vary_like(x: Array, tree: Tree) -> Tree:
-    """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
+    """Return the tree, varying as x does: what a scan begins with, beside what it goes over."""
     axes = _varying_axes(x)
     varying: Tree = jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
     return varying

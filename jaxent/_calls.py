@@ -61,7 +61,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose wrong calls are told what is right. A right call passes through."""
+    """Explain the wrong calls of a function. A right call passes through."""
 
     @functools.wraps(function)
     def call(*args: P.args, **keywords: P.kwargs) -> R:
@@ -101,7 +101,7 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
 
 
 def _ours(name: str, signature: inspect.Signature) -> str | None:
-    """Our name for it, where the function has one."""
+    """Return our name for it, where the function has one."""
     other = OTHERS_NAMES.get(name)
     if other is None or other.split(" ")[0].strip(",") not in signature.parameters:
         return None

@@ -75,7 +75,7 @@ class Chunk:
     first: Array  # the first class that no earlier chunk had
 
     def local_index(self, index: Array | None) -> Array | None:
-        """Relative to the chunk; outside of it for other chunks' classes."""
+        """Return the index relative to the chunk; outside of it for other chunks' classes."""
         return None if index is None else jnp.where(index >= self.first, index - self.start, -1)
 
 
@@ -84,7 +84,7 @@ def transform_of(head: Head, fixed: Fixed) -> Transform:
 
 
 def apart_and_target(plan: Plan, fixed: Fixed) -> tuple[Array | None, Array | None]:
-    """The class that is kept apart, and the target where that may be another one."""
+    """Return the class that is kept apart, and the target where that may be another one."""
     if keeps_best_apart(plan, fixed):
         return fixed.best, fixed.target
     return fixed.target, None
@@ -95,7 +95,10 @@ def keeps_best_apart(plan: Plan, fixed: Fixed) -> bool:
 
 
 def on_platform(function: Callable[..., Result], plan: Plan, *arguments: Any) -> Result:
-    """On CPU, half precision is computed in float32, which XLA would turn it into anyway."""
+    """Call the function with the plan of the platform.
+
+    On CPU, half precision is computed in float32, which XLA would turn it into anyway.
+    """
     if jnp.finfo(plan.dtype).bits > 16:
         return function(plan, *arguments)
     result: Result = jax.lax.platform_dependent(
@@ -112,7 +115,10 @@ def chunk_numbers(plan: Plan, head: Head) -> Array:
 
 
 def read_chunk(plan: Plan, head: Head, fixed: Fixed, i: Array) -> Chunk:
-    """The i-th chunk. The last one ends with the classes, so it may begin with some seen before."""
+    """Return the i-th chunk.
+
+    The last one ends with the classes, so it may begin with some seen before.
+    """
     num_classes = head.kernel.shape[plan.class_axis]
     start = jnp.minimum(i * plan.chunk, num_classes - plan.chunk)
     kernel = _read_kernel(plan, head.kernel, start)
@@ -139,7 +145,7 @@ def read_chunk(plan: Plan, head: Head, fixed: Fixed, i: Array) -> Chunk:
 
 
 def chunk_mass(plan: Plan, chunk: Chunk, num_classes: int, mass: TargetMass) -> TargetMass:
-    """Without the probabilities of classes that an earlier chunk had."""
+    """Return the mass without the probabilities of classes that an earlier chunk had."""
     if not num_classes % plan.chunk or mass.probabilities is None:
         return mass
     classes = chunk.start + jnp.arange(plan.chunk, dtype=jnp.int32)[None]
@@ -152,7 +158,7 @@ def take_slice(array: Array, start: Array, size: int, axis: int) -> Array:
 
 
 def _read_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
-    """A chunk of it, (D, chunk) or (chunk, D), gathered where its width is split."""
+    """Return a chunk of it, (D, chunk) or (chunk, D), gathered where its width is split."""
     part = _slice_kernel(plan, kernel, start)
     if not plan.width:
         return part
@@ -194,8 +200,10 @@ def _matmul(plan: Plan, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
 
 
 def _matmul_gradients(plan: Plan, head: Head, d_logits: Array) -> tuple[Array, Array]:
-    """Gradients of hidden and kernel; d_logits is rounded to bfloat16, but not to float16,
-    which has no room for a small one."""
+    """Return the gradients of hidden and kernel.
+
+    d_logits is rounded to bfloat16, but not to float16, which has no room for a small one.
+    """
     narrow = plan.dtype == jnp.bfloat16 and not plan.cpu
     dtype = plan.dtype if narrow else compute_dtype(plan)
     hidden, kernel = (x.astype(plan.dtype).astype(dtype) for x in (head.hidden, head.kernel))
@@ -269,7 +277,7 @@ def add_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
 
 
 def scatter_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
-    """The same, but its transpose does not write to `total`'s cotangent, and copies none."""
+    """Add a slice; unlike `add_slice`'s, the transpose copies no cotangent of `total`."""
     dimensions = jax.lax.ScatterDimensionNumbers((0, 1), (), (axis,))
     return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
 
@@ -281,7 +289,7 @@ def chunk_gradients(
     i: Array,
     logits: Array | None = None,
 ) -> tuple[Array, Head]:
-    """Where a chunk starts and what it adds to the gradients."""
+    """Return where a chunk starts and what it adds to the gradients."""
     head, shift, cotangents = floats
     chunk = read_chunk(plan, head, fixed, i)
     if logits is None:
@@ -316,7 +324,7 @@ def chunk_gradients(
 
 
 def choose_chunk(plan: Plan, head: Head) -> int:
-    """Classes of a chunk, for a device that has these tokens and classes."""
+    """Return a chunk's number of classes, for a device that has these tokens and classes."""
     num_tokens, width = head.hidden.shape
     if not isinstance(num_tokens, int):  # symbolic: any number of them
         num_tokens = TILE
@@ -329,12 +337,15 @@ def choose_chunk(plan: Plan, head: Head) -> int:
 
 
 def blank_hidden(gradients: Head, uncounted: Any) -> Head:
-    """0 for the hidden state of an uncounted token where a kernel of NaN reached its gradient."""
+    """Return 0 for an uncounted token's hidden state where a kernel of NaN reached its gradient."""
     lost = uncounted & ~jnp.isfinite(gradients.hidden)
     return gradients._replace(hidden=jnp.where(lost, 0, gradients.hidden))
 
 
 def balance(length: int, size: int, multiple: int = 1) -> int:
-    """The size of parts about alike, at most `size` but for the multiple, that cover a length."""
+    """Return the size of parts that cover a length evenly.
+
+    It is at most `size`, except that it is rounded up to the multiple.
+    """
     parts = -(-length // min(size, max(length, 1)))
     return min(-(-length // max(parts, 1) // multiple) * multiple, length)

@@ -27,19 +27,19 @@ class _OfLogits(_OfAll, total=False):
 
 
 class NLLKeywords(_OfAll, total=False):
-    """Those of `jaxent.nll`."""
+    """The keywords of `jaxent.nll`."""
 
     axis: int | None
 
 
 class CrossEntropyKeywords(_OfLogits, total=False):
-    """Those of `jaxent.cross_entropy`."""
+    """The keywords of `jaxent.cross_entropy`."""
 
     axis: int | None
 
 
 class LinearCrossEntropyKeywords(_OfLogits, total=False):
-    """Those of `jaxent.linear_cross_entropy`."""
+    """The keywords of `jaxent.linear_cross_entropy`."""
 
     bias: ArrayOrList | None
     class_axis: int

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         return P(*(sides if class_axis else reversed(sides)))
 
     def of_part(self, shape: tuple[int, ...], whole: tuple[int, ...]) -> P:
-        """Of an array that broadcasts to the logits' shape, or to that of the tokens."""
+        """Return the spec of an array that broadcasts to the logits, or to the tokens."""
         entries = [_entry(names) for names in (*self.tokens, self.classes)][: len(whole)]
         skip = len(whole) - len(shape)
         sizes = zip(entries[skip:], shape, whole[skip:])
@@ -147,7 +147,7 @@ def _check_divisible(name: str, array: Array, spec: P, mesh: Any) -> None:
 
 
 def _free_axes(mesh: Any) -> dict[str, AxisType]:
-    """The axes of a mesh that are not mapped."""
+    """Return the axes of a mesh that are not mapped."""
     kinds = zip(mesh.axis_names, mesh.axis_types) if mesh else ()
     return {name: kind for name, kind in kinds if kind != AxisType.Manual}
 
@@ -174,7 +174,7 @@ def on_shards(
     rest: Any,
     scalar: bool = False,
 ) -> Any:
-    """`function(hidden, kernel, rest)` of each device's part, or of all where nothing is split.
+    """Call the function with each device's part, or with all where nothing is split.
 
     Args:
       rest: a tree of arrays with the logits' dimensions, of sizes that broadcast to theirs, and
@@ -209,14 +209,14 @@ def on_shards(
 
 
 def _lay_out(mesh: Any, free: dict[str, AxisType], x: Array, spec: P) -> Array:
-    """Split as its type has to say on an explicit mesh. What is whole on each device is cut."""
+    """Split an array as its type has to say on an explicit mesh, cutting what is whole."""
     wanted = [tuple(n for n in flat_names(e) if free[n] == AxisType.Explicit) for e in spec]
     split: Array = jax.sharding.reshard(x, NamedSharding(mesh, P(*map(_entry, wanted))))
     return split
 
 
 def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any) -> list[Any]:
-    """Arrays of the tokens, or of the logits' dimensions, split on an explicit mesh as hidden is.
+    """Return arrays of the tokens or logits, split on an explicit mesh as hidden is.
 
     What has few numbers is moved for it; what has the logits' size is not, and raises.
     """

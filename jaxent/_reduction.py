@@ -13,7 +13,7 @@ from ._axes import Names, psum, zeros_like
 
 
 def total(values: ArrayLike, examples: Names) -> Array:
-    """The sum of all values, here and on the other shards of these mapped axes."""
+    """Return the sum of all values, here and on the other shards of these mapped axes."""
     return psum(jnp.sum(values), examples)
 
 
@@ -35,7 +35,11 @@ def reduce(terms: list[tuple[Array, Array]], reduction: Reduction, examples: Nam
 
 
 def _totals(terms: Sequence[Array], examples: Names) -> Array:
-    """Stacked: else XLA's CPU compiler makes a kernel of each (jax 0.10.2), and of some parts."""
+    """Return each term's total.
+
+    They are stacked. Otherwise, XLA's CPU compiler makes a kernel of each, and of some parts
+    (jax 0.10.2).
+    """
     if any(jax.typeof(term) != jax.typeof(terms[0]) for term in terms):
         terms = [term + zeros_like(terms[0]) for term in terms]  # of one sharding
     stacked = jax.lax.concatenate([jax.lax.expand_dims(term, (0,)) for term in terms], 0)

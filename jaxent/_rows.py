@@ -173,7 +173,7 @@ def _product_tangent(q: Array, centred: Array, dq: Array, d_centred: Array) -> A
 
 @jax.custom_jvp
 def _scaled(d_others: Array, exps: Array) -> Array:
-    """`d_others * exps`, 0 where that is 0 * NaN.
+    """Return `d_others * exps`, 0 where that is 0 * NaN.
 
     A poisoned d_others is not 0 only where all exps are finite.
 

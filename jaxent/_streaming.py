@@ -46,7 +46,7 @@ Residuals = tuple[Head, Fixed, Array]
 
 
 def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array | None]:
-    """Shift, sums and most probable class of each token, (N, 1); of `_dense.row_sums`.
+    """Return shift, sums and most probable class of each token, (N, 1), as `_dense` does.
 
     Args:
       plan: the static part; with `stats` there is a moment and a most probable class.
@@ -77,7 +77,7 @@ def _unpack(plan: Plan, head: Head, fixed: Fixed, packed: Array) -> tuple[Array,
 
 
 def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
-    """Sums of this value, where they are asked for."""
+    """Return sums of this value, where they are asked for."""
     best = keeps_best_apart(plan, fixed)
     mass = None if head.mass is None else value
     return RowSums(
@@ -192,7 +192,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed], tangents: Any) -> Any:
     plan = _finer(plan)
 
     def local(head: Head, i: Array) -> RowSums:
-        """Sums over a chunk, with the derivatives of its share in those over all."""
+        """Return the sums over a chunk, with the derivatives of its share in those over all."""
         chunk = read_chunk(plan, head, fixed, i)
         logits = chunk_logits(plan, chunk.head)
         apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
@@ -213,8 +213,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed], tangents: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
-    """The gradients of a head, hidden's in float32; floats: head, shift and the cotangents
-    of the sums."""
+    """Return the gradients of a head, hidden's in float32."""
     return on_platform(_gradients_pass, plan, floats, fixed)
 
 
@@ -252,5 +251,8 @@ def _gradients_jvp(plan: Plan, primals: tuple[Floats, Fixed], tangents: Any) -> 
 
 
 def _finer(plan: Plan) -> Plan:
-    """Tangents need several arrays of a chunk's size where the first order needs one."""
+    """Return the plan with smaller chunks.
+
+    Tangents need several arrays of a chunk's size where the first order needs one.
+    """
     return dataclasses.replace(plan, chunk=-(-plan.chunk // 4))

@@ -250,14 +250,14 @@ def make_rows(
 
 
 def _weights(sample_weight: Array | None, is_gone: Array, dtype: Any) -> Array:
-    """Sample weights, 0 for what is gone."""
+    """Return sample weights, 0 for what is gone."""
     if sample_weight is None:
         return (~is_gone).astype(dtype)
     return jnp.where(is_gone, 0, sample_weight)
 
 
 def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | None:
-    """Which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
+    """Return which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
     if class_mask is None:
         return None
     table = tuple(size if i == axis else 1 for i, size in enumerate(shape))
@@ -267,19 +267,19 @@ def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | N
 
 
 def read_existing(exists: Array, axis: int, classes: Names = ()) -> tuple[Array, Array]:
-    """Which classes exist, all of them in a row that has none; and how many they were."""
+    """Return which classes exist, all of them in a row that has none; and how many they were."""
     count = psum(jnp.sum(exists, axis, keepdims=True, dtype=jnp.int32), classes)
     return exists | (count == 0), count
 
 
 def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
-    """The class weight of each row's target; any value for an index out of range."""
+    """Return the class weight of each row's target; any value for an index out of range."""
     chosen = pick((weight,), here, axis)
     return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
 
 
 def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:
-    """int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
+    """Return int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
     bits = max(jnp.iinfo(targets.dtype).bits, 32)
     if bits > jnp.iinfo(targets.dtype).bits:
         targets = targets.astype(jnp.int32)

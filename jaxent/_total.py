@@ -43,7 +43,7 @@ def head_total(
     rows: Any,
     fixed: Fixed,
 ) -> Array:
-    """The sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
+    """Return the sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
 
     Args:
       plan, head, fixed: as in `head_sums`.
@@ -104,7 +104,7 @@ def _total_and_gradients_jvp(
 
 
 def _widen(plan: Plan, gradients: Tree) -> Tree:
-    """In float32, whatever a half-precision loss scale may multiply them with."""
+    """Return the gradients in float32, whatever a half-precision loss scale multiplies them by."""
     wide: Tree = jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
     return wide
 

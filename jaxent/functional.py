@@ -76,7 +76,7 @@ def log_softmax(
     class_mask: ArrayOrList | None = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""Logarithm of the softmax over the class axis.
+    r"""Return the logarithm of the softmax over the class axis.
 
     .. math:: \log p_c = x_c - m - \log \sum_k e^{x_k - m}, \quad m = \max_k x_k
 
@@ -146,7 +146,7 @@ def nll(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""Negative log-likelihood of targets under given log-probabilities.
+    r"""Return the negative log-likelihood of targets under given log-probabilities.
 
     .. math:: \ell_i = -w_{y_i} \log p_{i, y_i}
               \quad\text{or}\quad \ell_i = -\sum_c w_c t_{i,c} \log p_{i,c}
@@ -217,7 +217,7 @@ def cross_entropy(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""Softmax cross-entropy between logits and class indices or class probabilities.
+    r"""Return the softmax cross-entropy of logits with class indices or class probabilities.
 
     .. math:: \ell_i = -\sum_c w_c q_{i,c} \log \mathrm{softmax}(x_i)_c, \qquad
               q_{i,c} = (1 - \varepsilon) t_{i,c} + \varepsilon / C
@@ -330,8 +330,11 @@ def _most_probable(own: Array, peak: Array, num_classes: int, classes: Names) ->
 def rows_of_logits(
     axis: int, logits: Array, given: Given, classes: Names, stats: bool = False
 ) -> tuple[Rows, Any, RowSums, Any]:
-    """What the targets are; shift and sums of each row of logits, of all of its classes; and, for
-    statistics or probabilities, its most probable class, which is then the one apart."""
+    """Return what the targets are, and shift and sums of each row of logits.
+
+    They are of all of its classes. For statistics or probabilities, the last result is the row's
+    most probable class, which is then the one apart.
+    """
     wide = compute_dtype(logits)
     rows = make_rows(axis, logits.shape, wide, given, classes)
     transform, exists = given.transform(wide), rows.exists
@@ -357,7 +360,7 @@ def rows_of_logits(
 def reduced_loss(
     rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: Reduction, examples: Names
 ) -> Array:
-    """The reduction of the examples' losses, computed without the class axis.
+    """Return the reduction of the examples' losses, computed without the class axis.
 
     With it, as 1 at the end, XLA's sum on the CPU takes five times longer (jax 0.10.2), and there
     are more kernels.
@@ -378,7 +381,7 @@ def reduced_loss(
 def loss_terms(
     rows: Rows, z_loss: Array | None, shift: Any, sums: RowSums
 ) -> list[tuple[Array, Array]]:
-    """Pairs of (numerator, denominator) of the examples: the loss, and z-loss if there is one."""
+    """Return (numerator, denominator) of the examples, of the loss and of any z-loss."""
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
     # would be 0 * inf.
     finite = is_finite(sums) if z_loss is None else is_finite(sums) & jnp.isfinite(shift * shift)
@@ -422,7 +425,7 @@ def total_weight(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""What the mean of `cross_entropy` divides by, for class indices: :math:`\sum s_i w_{y_i}`.
+    r"""Return what the mean of `cross_entropy` divides by: :math:`\sum s_i w_{y_i}`.
 
     The sum of the losses of all micro-batches, divided once by the sum of their total
     weights, is the mean over the whole batch; the mean of their means is not. (A `z_loss`

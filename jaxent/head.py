@@ -66,7 +66,7 @@ class LinearHead(nnx.Linear):
         self.criterion = criterion
 
     def __call__(self, hidden: Array, out_sharding: Any = None) -> Array:
-        """Logits, (..., C), as the loss reads them: scaled, capped, -inf for an excluded class."""
+        """Return logits, (..., C), as the loss reads them: scaled, capped, -inf where excluded."""
         logits = super().__call__(hidden, out_sharding)
         scale = read_logit_scale(self.criterion.logit_scale)
         transform = Transform.of(scale, self.criterion.softcap, compute_dtype(logits))
@@ -83,8 +83,11 @@ class LinearHead(nnx.Linear):
         targets: ArrayOrList,
         **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array:
-        """The loss. Any keyword of `jaxent.linear_cross_entropy` given here overrides the
-        criterion's, and is differentiated."""
+        """Return the loss of hidden states, (..., D), whose logits are not held.
+
+        Any keyword of `jaxent.linear_cross_entropy` given here overrides the criterion's, and is
+        differentiated.
+        """
         given: LinearCrossEntropyKeywords = {
             "bias": None if self.bias is None else self.bias[...],
             "dtype": self.criterion.dtype or self.dtype,

@@ -84,7 +84,7 @@ def linear_cross_entropy(
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
 ) -> Array:
-    r"""Cross-entropy of a linear classifier, without ever holding its logits.
+    r"""Return the cross-entropy of a linear classifier, without ever holding its logits.
 
     .. math:: \mathrm{linear\_cross\_entropy}(h, K, y) = \mathrm{cross\_entropy}(h K + b, y)
 
@@ -185,7 +185,9 @@ def linear_cross_entropy(
 
 
 def _made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
-    """Whether gradients are made forward: a loop over tokens, which must be this device's own.
+    """Return whether gradients are made in the forward pass.
+
+    That is a loop over tokens, which must be this device's own.
 
     A symbolic number of them (`jax.export`) is not cut into blocks.
     """
@@ -211,7 +213,7 @@ def _linear_cross_entropy(
 def rows_of_head(
     plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> tuple[Rows, Array, Any, Any]:
-    """What the targets are, and shift, sums and most probable class of each token, (..., 1)."""
+    """Return the targets, and shift, sums and most probable class of each token, (..., 1)."""
     head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
     rest = head[2:], _fixed(rows, given.softcap)
 
@@ -273,7 +275,7 @@ def _divided_terms(floats: Any, shift: Array, sums: RowSums) -> Array:
 
 
 def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head, Plan]:
-    """A device's head, its tokens in a row, and the plan with chunks of its classes."""
+    """Return a device's head, its tokens in a row, and the plan with chunks of its classes."""
     head = Head(_in_a_row(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
     chunk = plan.chunk or choose_chunk(plan, head)
@@ -281,7 +283,7 @@ def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head,
 
 
 def _in_a_row(x: Array) -> Array:
-    """(..., D) as (N, D)."""
+    """Return (..., D) as (N, D)."""
     return x.reshape(-1, x.shape[-1]) if x.ndim else x
 
 

@@ -60,7 +60,7 @@ def _array(value: Any) -> Any:
 
 
 def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A reader of a value that is kept as it came."""
+    """Return a reader of a value that is kept as it came."""
 
     def read(value: Any) -> Any:
         check(value)
@@ -70,7 +70,7 @@ def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _number(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A reader of a number, which is static, or an array, which is not."""
+    """Return a reader of a number, which is static, or an array, which is not."""
 
     def read(value: Any) -> Any:
         check(value)
@@ -134,7 +134,7 @@ class _Loss(nnx.Pytree):
         super().__setattr__(name, value)
 
     def _keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The function's keywords: those given to the call, and the object's, as constants."""
+        """Return the function's keywords: the call's, and the object's, as constants."""
         keywords = {**{name: getattr(self, name) for name in self._names}, **given}
         for name, value in keywords.items():
             if name not in given and _is_array(value) and value.dtype != bool:
@@ -142,7 +142,7 @@ class _Loss(nnx.Pytree):
         return keywords
 
     def _configuration(self) -> tuple[Any, ...] | None:
-        """What it is, if it holds no arrays."""
+        """Return what it is, if it holds no arrays."""
         values = tuple(getattr(self, name) for name in self._names)
         return None if any(map(_is_array, values)) else (type(self), *values)
 
@@ -205,8 +205,11 @@ class NLLLoss(_Loss):
     def __call__(
         self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[NLLKeywords]
     ) -> Array:
-        """The loss. Any keyword of `jaxent.nll` given here (`sample_weight`, say) overrides the
-        object's, and is differentiated."""
+        """Return the loss.
+
+        Any keyword of `jaxent.nll` given here (`sample_weight`, say) overrides the object's, and
+        is differentiated.
+        """
         return nll(log_probs, targets, **self._keywords(keywords))
 
 
@@ -261,8 +264,11 @@ class CrossEntropyLoss(_Loss):
     def __call__(
         self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[CrossEntropyKeywords]
     ) -> Array:
-        """The loss. Any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
-        `reduction="none"`) overrides the object's, and is differentiated."""
+        """Return the loss.
+
+        Any keyword of `jaxent.cross_entropy` given here (`sample_weight`, `reduction="none"`)
+        overrides the object's, and is differentiated.
+        """
         return cross_entropy(logits, targets, **self._keywords(keywords))
 
 
@@ -330,8 +336,11 @@ class LinearCrossEntropyLoss(_Loss):
         targets: ArrayOrList,
         **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array:
-        """The loss. Any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
-        `sample_weight`) overrides the object's, and is differentiated."""
+        """Return the loss.
+
+        Any keyword of `jaxent.linear_cross_entropy` given here (`bias`, `sample_weight`)
+        overrides the object's, and is differentiated.
+        """
         return linear_cross_entropy(hidden, kernel, targets, **self._keywords(keywords))
 
 

@@ -29,7 +29,7 @@ def legacy_reduction(
     reduce: bool | None = None,
     reduction: Reduction = "mean",
 ) -> Reduction:
-    """The reduction that PyTorch's deprecated `size_average` and `reduce` stand for.
+    """Return the reduction that PyTorch's deprecated `size_average` and `reduce` stand for.
 
     Args:
       size_average: False is "sum", True or None "mean".
@@ -63,7 +63,7 @@ def legacy_reduction(
 
 
 def from_torch(module: Any) -> CrossEntropyLoss | NLLLoss | LinearHead:
-    """What computes here what a PyTorch loss module computes.
+    """Return what computes here what a PyTorch loss module computes.
 
     A loss becomes a loss object, and `torch.nn.LinearCrossEntropyLoss`, which owns a linear
     layer, a `jaxent.LinearHead` whose `loss` it is. The weights are copied: what happens to

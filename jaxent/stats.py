@@ -49,7 +49,9 @@ def token_stats(
     softcap: float | None = None,
     class_axis_name: AxisName = None,
 ) -> TokenStats:
-    r"""What each token's logits x say, given its target y:
+    r"""Return statistics of each token's logits x, given its target y.
+
+    They are
 
     * `log_prob`, :math:`\log p_y = x_y - \mathrm{lse}`,
     * `log_normalizer`, :math:`\mathrm{lse} = \log \sum_c e^{x_c}`; the z-loss of
@@ -125,7 +127,7 @@ def linear_token_stats(
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
 ) -> TokenStats:
-    """`token_stats` of a linear classifier's logits, which are never held.
+    """Return `token_stats` of a linear classifier's logits, which are never held.
 
     One pass over the classes; memory is that of `jaxent.linear_cross_entropy`.
 

@@ -19,11 +19,15 @@ if os.environ.get("CI"):
 
 @pytest.fixture(scope="module", params=["in one loop", "one by one"])
 def sums(request):
-    """Both ways in which a CPU sums the terms of rows; by itself it takes the first for few
-    classes, which nearly all tests have."""
+    """Sum the terms of rows in both ways that a CPU has.
+
+    By itself it takes the first for few classes, which nearly all tests have.
+    """
     import jax
 
     jax.clear_caches()
-    with mock.patch("jaxent._dense._is_unrolled", lambda *_: request.param == "in one loop"):
+    in_one_loop = request.param == "in one loop"
+    # A mock would keep its arguments, which are traced.
+    with mock.patch("jaxent._dense._is_unrolled", lambda *_: in_one_loop):  # noqa: PT008
         yield
     jax.clear_caches()

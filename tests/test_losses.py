@@ -26,7 +26,8 @@ LABELS = jnp.array([0, 2, -100, 1])
 def assert_close(actual, expected):
     """Equal to a few roundings: at most one program is compiled otherwise than the other."""
     actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
     eps = np.finfo(expected.dtype).eps
     np.testing.assert_allclose(actual, expected, rtol=8 * eps, atol=8 * eps)
 
@@ -136,7 +137,8 @@ class Linen(linen.Module):
 def test_linen_module_holds_a_loss_as_a_field(loss):
     loss = LOSSES[loss]()
     module = Linen(loss)
-    assert hash(module) == hash(Linen(loss)) and module == Linen(loss)
+    assert hash(module) == hash(Linen(loss))
+    assert module == Linen(loss)
     assert module.clone().loss is loss
     variables = module.init(jax.random.key(0), LOGITS, LABELS)
     assert set(variables) == {"params"}
@@ -343,16 +345,21 @@ def test_equal_configurations_without_arrays_are_equal_and_hash_alike():
     kinds = jaxent.CrossEntropyLoss, jaxent.NLLLoss, jaxent.LinearCrossEntropyLoss
     for kind in kinds:
         one, same, other = kind(axis_name="i"), kind(axis_name="i"), kind(reduction="sum")
-        assert one == same and hash(one) == hash(same)
-        assert one != other and len({one, same, other}) == 2
+        assert one == same
+        assert hash(one) == hash(same)
+        assert one != other
+        assert len({one, same, other}) == 2
         assert one == copy.deepcopy(one) == pickle.loads(pickle.dumps(one))
     assert len({kind() for kind in kinds}) == 3
-    assert kinds[0]() != kinds[1]() and kinds[0]() != None  # noqa: E711
+    assert kinds[0]() != kinds[1]()
+    assert kinds[0]() != None  # noqa: E711
 
 
 def test_a_loss_with_arrays_equals_itself_alone():
     one, same = configured(), configured()
-    assert one == one and one != same and len({one, same}) == 2
+    assert one == one
+    assert one != same
+    assert len({one, same}) == 2
 
 
 def test_attributes_are_set_as_they_are_constructed():
@@ -392,7 +399,8 @@ def test_loss_is_made_inside_jit_from_tracers():
 
 
 def assert_same_loss(actual, original):
-    assert actual is not original and type(actual) is type(original)
+    assert actual is not original
+    assert type(actual) is type(original)
     assert repr(actual) == repr(original)
     assert jax.tree.structure(actual) == jax.tree.structure(original)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(original), strict=True):
@@ -456,7 +464,7 @@ def test_orbax_restores_the_state_of_a_model_with_its_loss(loss, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loss, text",
+    ("loss", "text"),
     [
         (jaxent.CrossEntropyLoss(), "CrossEntropyLoss()"),
         (jaxent.NLLLoss(), "NLLLoss()"),
@@ -542,7 +550,7 @@ BAD = [(jaxent.NLLLoss, *case) for case in BAD_FOR_BOTH] + [
 ]
 
 
-@pytest.mark.parametrize("make, keywords, error, message", BAD, ids=str)
+@pytest.mark.parametrize(("make", "keywords", "error", "message"), BAD, ids=str)
 def test_bad_configuration_is_refused_at_construction(make, keywords, error, message):
     with pytest.raises(error, match=message):
         make(**keywords)
@@ -630,7 +638,7 @@ def test_nll_object_equals_its_function(options, call):
 
 
 @pytest.mark.parametrize(
-    "make, function",
+    ("make", "function"),
     [
         (jaxent.NLLLoss, jaxent.nll),
         (jaxent.CrossEntropyLoss, jaxent.cross_entropy),
