@@ -1,4 +1,4 @@
-"""Many processes on shards of unequal length, with the loss of one process.
+r"""Many processes on shards of unequal length, with the loss of one process.
 
 A small model predicts the next byte of Python's standard library. Its data comes in shards,
 some with several times the examples of others, and every process reads its own alone. A shard
@@ -13,7 +13,7 @@ The first starts two processes of four CPU devices, trains, evaluates, does the 
 process of eight devices, and compares. The second saves the training as it goes, and continues
 after an interruption. On a cluster, start this once on every machine, with I from 0 to 3:
 
-    python examples/distributed.py --coordinator HOST0:1234 --num-processes 4 --process-id I \\
+    python examples/distributed.py --coordinator HOST0:1234 --num-processes 4 --process-id I \
         --checkpoint /shared/checkpoints --resume
 
 or, where JAX finds all three by itself (Slurm, Open MPI, Kubernetes, Cloud TPU):

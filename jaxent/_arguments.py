@@ -9,21 +9,23 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 ArrayOrList = ArrayLike | Sequence[Any]
+Reduction = Literal["mean", "sum", "none"]
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
 NUMBERS = (bool, int, float, complex, np.generic)
 
 
 def describe(value: Any) -> str:
-    """A value in an error message: what it is, in a few words."""
+    """Describe a value in a few words, for an error message."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}{list(value.shape)}"
     text = repr(value) if isinstance(value, (str, *NUMBERS, list, tuple, type(None))) else ""
@@ -40,7 +42,7 @@ def check_reduction(reduction: Any) -> None:
 
 
 def read_array(name: str, value: Any) -> Any:
-    """An array of a dtype that JAX has: a JAX array as it came, else NumPy's if that will do."""
+    """Return an array of a dtype that JAX has: JAX's as it came, else NumPy's if it can be."""
     try:
         if _is_hosts(value):
             value = np.asarray(value)
@@ -57,14 +59,14 @@ def read_array(name: str, value: Any) -> Any:
 
 
 def _is_hosts(value: Any) -> bool:
-    """Whether NumPy reads it without JAX: NumPy's, of numbers, or another library's array."""
+    """Return whether NumPy reads it without JAX: numbers, or an array that is not JAX's."""
     if isinstance(value, (jax.Array, np.ma.MaskedArray)) or hasattr(value, "__jax_array__"):
         return False
     return hasattr(value, "__array__") or _is_of_numbers(value)
 
 
 def _is_of_numbers(value: Any) -> bool:
-    """Whether NumPy reads it without JAX: a number, or lists of numbers."""
+    """Return whether it is a number, an array of NumPy's, or lists of numbers."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_of_numbers, value))
     return isinstance(value, (np.ndarray, *NUMBERS))
@@ -86,10 +88,10 @@ def read_logits(logits: Any, name: str, targets: Any = None) -> Any:
 
 
 def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
-    """Targets, of at least 32 bits where they are integers, and the ignored one, of their dtype.
+    """Return the targets and the ignored one, of their dtype.
 
-    No integer is cut: one that JAX's integers lack becomes another that is out of range, or
-    ignored, as it is itself.
+    Integers have at least 32 bits. None is cut: one that JAX's integers lack becomes another that
+    is out of range, or ignored, as it is itself.
     """
     ignore_index = read_ignore_index(ignore_index)
     whole = whole_numbers(targets)
@@ -118,7 +120,7 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
 
 
 def whole_numbers(targets: Any) -> Any:
-    """NumPy and Python integers as a NumPy array, of objects where no dtype has them all."""
+    """Return NumPy and Python integers as an array, of objects where no dtype has them all."""
     if not _is_hosts(targets):
         return None
     try:
@@ -139,7 +141,7 @@ def whole_numbers(targets: Any) -> Any:
 
 
 def _check_holds(targets: Any, ignore_index: int | None) -> None:
-    """A dtype too narrow for an index to be ignored has been cut to it, most likely."""
+    """Refuse targets of a dtype that lacks the ignored index: most likely, they were cut to it."""
     if ignore_index is None or ignore_index < 0 or targets.dtype == object:
         return
     if ignore_index > jnp.iinfo(targets.dtype).max:
@@ -151,7 +153,7 @@ def _check_holds(targets: Any, ignore_index: int | None) -> None:
 
 
 def _cut(targets: np.ndarray, ignore_index: int | None) -> tuple[np.ndarray, Any]:
-    """NumPy's integers as JAX's. The two largest of those stand for what they lack."""
+    """Return NumPy's integers as JAX's, whose two largest stand for what those lack."""
     kind = np.dtype("int64") if targets.dtype == object else targets.dtype
     dtype = jax.dtypes.canonicalize_dtype(kind)
     limits = np.iinfo(dtype)
@@ -188,26 +190,26 @@ def _read_integer(name: str, value: Any, wanted: str, hint: str = "") -> int:
 
 
 def _static(name: str, value: Any) -> str:
-    """A value that has to be known while tracing, in an error message."""
-    if not isinstance(value, jax.core.Tracer):
+    """Describe a value that has to be known while tracing, for an error message."""
+    if not isinstance(value, Tracer):
         return describe(value)
     return f"{describe(value)}, traced; name {name!r} in static_argnames of jax.jit"
 
 
 def read_axis(axis: Any, ndim: int, name: str) -> int:
-    axis = _read_integer("axis", axis, "an integer")
-    if ndim == 1 and axis == 1:  # PyTorch's class axis, of one example
+    number = _read_integer("axis", axis, "an integer")
+    if ndim == 1 and number == 1:  # PyTorch's class axis, of one example
         return 0
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"axis={axis} is out of range for {name} of {ndim} dimensions")
-    return axis % ndim
+    if not -ndim <= number < ndim:
+        raise ValueError(f"axis={number} is out of range for {name} of {ndim} dimensions")
+    return number % ndim
 
 
 def read_num_classes(num_classes: Any) -> int:
-    num_classes = _read_integer("num_classes", num_classes, "a Python integer")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be positive, got {num_classes}")
-    return num_classes
+    number = _read_integer("num_classes", num_classes, "a Python integer")
+    if number < 1:
+        raise ValueError(f"num_classes must be positive, got {number}")
+    return number
 
 
 def check_axis(axis: Any) -> None:
@@ -216,7 +218,7 @@ def check_axis(axis: Any) -> None:
 
 
 def read_class_axis(axis: Any, logits: Any, targets: Any, name: str) -> int:
-    """The class axis, given or read off the shapes; never guessed."""
+    """Return the class axis, given or read off the shapes; it is never guessed."""
     shape, ndim = logits.shape, logits.ndim
     shapes = f"{name} are {list(shape)}, targets {describe(targets)}"
     # Read off the shapes, it is PyTorch's 1 or JAX's -1; of 1-D logits it is 0.
@@ -263,7 +265,7 @@ def read_bool_mask(class_mask: Any) -> Any:
 
 
 def read_class_mask(class_mask: Any, shape: tuple[int, ...], axis: int, name: str) -> Any:
-    """Which classes exist: (C,), or something that broadcasts to the logits' shape."""
+    """Return which classes exist: (C,), or something that broadcasts to the logits' shape."""
     if class_mask is None:
         return None
     class_mask = read_bool_mask(class_mask)
@@ -281,7 +283,7 @@ def read_class_mask(class_mask: Any, shape: tuple[int, ...], axis: int, name: st
 def read_weight(
     weight: Any, num_classes: int | None, per_example: tuple[int, ...] | None = None
 ) -> Any:
-    """Class weights, (C,); `num_classes` None leaves their number open."""
+    """Return class weights, (C,); `num_classes` None leaves their number open."""
     if weight is None:
         return None
     weight = _read_real("weight", weight)
@@ -298,7 +300,7 @@ def read_weight(
 
 
 def read_sample_weight(sample_weight: Any, shape: tuple[int, ...]) -> Any:
-    """A scalar, or of as many dimensions as an example's shape has, each of its size or 1."""
+    """Return a scalar, or an array that broadcasts to the examples, of as many dimensions."""
     if sample_weight is None:
         return None
     sample_weight = _read_real("sample_weight", sample_weight)
@@ -323,7 +325,7 @@ def read_ignore_index(ignore_index: Any) -> int | None:
 
 
 def read_label_smoothing(label_smoothing: Any) -> Any:
-    """A scalar, or None for a Python 0."""
+    """Return a scalar, or None for a Python 0."""
     return _read_coefficient("label_smoothing", label_smoothing, 0, 1)
 
 
@@ -332,12 +334,15 @@ def read_z_loss(z_loss: Any) -> Any:
 
 
 def read_logit_scale(logit_scale: Any) -> Any:
-    """A scalar, or None for a Python 1."""
+    """Return a scalar, or None for a Python 1."""
     return _read_coefficient("logit_scale", logit_scale, -math.inf, math.inf, neutral=1)
 
 
 def _read_coefficient(name: str, value: Any, low: float, high: float, neutral: float = 0) -> Any:
-    """A scalar, or None for the Python number that changes nothing; those are range-checked."""
+    """Return a scalar, or None for the Python number that changes nothing.
+
+    The range of Python's numbers is checked.
+    """
     array = _read_real(name, value)
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got {describe(array)}")
@@ -359,7 +364,7 @@ def read_softcap(softcap: Any) -> float | None:
     except (TypeError, ValueError, jax.errors.JAXTypeError):
         value = math.nan
     if isinstance(softcap, (str, bytes)) or not 0 < value < math.inf:
-        error = TypeError if isinstance(softcap, jax.core.Tracer) else ValueError
+        error = TypeError if isinstance(softcap, Tracer) else ValueError
         raise error(
             f"softcap must be a positive Python number or None, got {_static('softcap', softcap)}"
         )
@@ -385,7 +390,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 def read_hidden_and_kernel(
     hidden: Any, kernel: Any, class_axis: Any, dtype: Any, num_shards: int
 ) -> tuple[Any, Any, int, Any]:
-    """Both, the class axis as 0 or 1, and the dtype of their product.
+    """Return both, the class axis as 0 or 1, and the dtype of their product.
 
     `num_shards` is the number of parts of the kernel's width.
     """
@@ -427,6 +432,7 @@ def read_kernel_axis(class_axis: Any) -> int:
 def read_dtype(dtype: Any) -> Any:
     if dtype is None:
         return None
+    read: Any = None
     try:
         if isinstance(dtype, (jax.Array, np.ndarray, np.generic)):
             raise TypeError
@@ -441,7 +447,7 @@ def read_dtype(dtype: Any) -> Any:
 
 
 def read_precision(precision: Any, dtype: Any = jnp.float32) -> Any:
-    """A precision that `jax.lax.dot_general` takes, in a form that can be hashed."""
+    """Return a precision that `jax.lax.dot_general` takes, in a form that can be hashed."""
     if isinstance(precision, list):
         precision = tuple(precision)
     try:

@@ -5,8 +5,8 @@ own shard; or one of a mesh that `jit` splits arrays over, where a call sees who
 there is nothing to add up.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,10 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ._arguments import describe
 
-AxisName = str | Sequence[Any] | PartitionSpec | None
+AxisName = str | Sequence[str | Sequence[str] | None] | PartitionSpec | None
 Names = tuple[str, ...]
+
+Tree = TypeVar("Tree")
 
 
 def flat_names(axis_name: AxisName) -> Names:
@@ -40,13 +42,13 @@ def check_axis_name(argument: str, axis_name: Any) -> None:
 
 
 def meshes(*arrays: Array) -> list[Any]:
-    """The meshes known while tracing: the ambient one, and those of the arrays' types."""
+    """Return the meshes known while tracing: the ambient one, and those of the arrays' types."""
     known = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
     return [mesh for mesh in known if not mesh.empty]
 
 
 def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
-    """Of each argument, its names that are mapped. What is neither mapped nor a mesh's raises."""
+    """Return each argument's mapped names; one that is neither mapped nor of a mesh raises."""
     if not any(name is not None for name in given.values()):
         return ((),) * len(given)
     on_mesh = {name for mesh in meshes(*arrays) for name in mesh.axis_names}
@@ -76,7 +78,7 @@ def read_axis_names(*arrays: Array, **given: AxisName) -> tuple[Names, ...]:
 
 
 def in_shard_map(names: Names) -> bool:
-    """Whether it is `shard_map` that maps them, not `vmap` or `pmap`."""
+    """Return whether it is `shard_map` that maps them, not `vmap` or `pmap`."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = zip(mesh.axis_names, mesh.axis_types)
     return set(names) <= {name for name, kind in manual if kind == AxisType.Manual}
@@ -90,12 +92,12 @@ def _is_mapped(name: str) -> bool:
     return True
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[str]) -> str:
     return f"which has {', '.join(map(repr, sorted(names)))}" if names else "of which there is none"
 
 
-def psum(values: Any, names: Names) -> Any:
-    """The sums over mapped axes, of what varies over all, some or none of them."""
+def psum(values: Tree, names: Names) -> Tree:
+    """Return the sums over mapped axes, of what varies over all, some or none of them."""
     of_mesh = tuple(name for name in names if in_shard_map((name,)))
     others = tuple(name for name in names if name not in of_mesh)
     if of_mesh:
@@ -111,17 +113,17 @@ def num_shards(names: Names) -> int:
 
 
 def first_class(num_classes: int, names: Names) -> Array | int:
-    """The number of this shard's first class, each shard having `num_classes`."""
+    """Return the number of this shard's first class, each shard having `num_classes`."""
     return jax.lax.axis_index(names) * num_classes if names else 0
 
 
 def local_index(index: Array, num_classes: int, names: Names) -> Array:
-    """Class indices relative to this shard's classes; -1 for none, and for other shards'."""
+    """Return indices relative to this shard's classes; -1 for none, and for other shards'."""
     index = index - first_class(num_classes, names)
     return jnp.where((index >= 0) & (index < num_classes), index, -1) if names else index
 
 
-def vary_alike(*trees):
+def vary_alike(*trees: Any) -> Any:
     """Give all arrays the union of their varying axes, for use inside `jax.shard_map`.
 
     A custom_vjp returns cotangents that vary as its arguments do; marking the arguments
@@ -132,16 +134,18 @@ def vary_alike(*trees):
     return jax.tree.unflatten(structure, [_vary(leaf, union) for leaf in leaves])
 
 
-def vary_like(x: Array, tree):
-    """The same tree, varying as x does: what a scan begins with, beside what it goes over."""
+def vary_like(x: Array, tree: Tree) -> Tree:
+    """Return the tree, varying as x does: what a scan begins with, beside what it goes over."""
     axes = _varying_axes(x)
-    return jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+    varying: Tree = jax.tree.map(lambda leaf: _vary(leaf, axes), tree)
+    return varying
 
 
-def _vary(x, axes):
+def _vary(x: Array, axes: frozenset[str]) -> Array:
     missing = tuple(axes - _varying_axes(x))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _varying_axes(x: Array) -> frozenset:
-    return jax.typeof(x).mat.varying
+def _varying_axes(x: Array) -> frozenset[str]:
+    varying: frozenset[str] = jax.typeof(x).mat.varying
+    return varying

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,23 +44,24 @@ OTHERS_NAMES = {
 }
 
 
-def compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """One program for each first argument, which is static; part of the program around it.
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile one program for each first argument, which is static; part of the program around it.
 
     Eagerly, a second call like the first is a look-up, and so is its gradient. (With `inline=True`,
     jax 0.10 would run the gradient's operations one by one, and compile its loops each time.)
     """
 
     @functools.wraps(function)
-    def run(options: Any, *arrays: Any) -> Any:
+    def run(options: Any, *arrays: Any) -> R:
         # With jax_disable_jit, NumPy arrays come here as they are.
-        return function(options, *jax.tree.map(jnp.asarray, arrays))
+        untyped: Callable[..., R] = function
+        return untyped(options, *jax.tree.map(jnp.asarray, arrays))
 
-    return jax.jit(run, static_argnums=0)
+    return cast(Callable[P, R], jax.jit(run, static_argnums=0))
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose wrong calls are told what is right. A right call passes through."""
+    """Explain the wrong calls of a function. A right call passes through."""
 
     @functools.wraps(function)
     def call(*args: P.args, **keywords: P.kwargs) -> R:
@@ -100,7 +101,7 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
 
 
 def _ours(name: str, signature: inspect.Signature) -> str | None:
-    """Our name for it, where the function has one."""
+    """Return our name for it, where the function has one."""
     other = OTHERS_NAMES.get(name)
     if other is None or other.split(" ")[0].strip(",") not in signature.parameters:
         return None

@@ -1,8 +1,8 @@
 """check_targets: which target is out of range, and where."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 
 from ._arguments import ArrayOrList, read_index_targets, read_num_classes, whole_numbers
@@ -45,7 +45,7 @@ def check_targets(
     read, ignored = read_index_targets(targets, ignore_index, wanted)
     allowed = "" if ignore_index is None else f" and not ignore_index={ignore_index}"
     outside = f"outside [0, {num_classes}){allowed}"
-    if isinstance(read, jax.core.Tracer):
+    if isinstance(read, Tracer):
         index, is_ignored = read_indices(read, num_classes, ignored)
         bad = ((index < 0) & ~is_ignored).ravel()
         first = jnp.argmax(bad) if bad.size else 0

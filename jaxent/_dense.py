@@ -47,13 +47,13 @@ def row_max(
     return jnp.where(top > low, top, low), top, best[0] if best else None
 
 
-def _scaled(x, class_mask, transform):
-    """The scaled logits, of which the cap is a monotone function."""
+def _scaled(x: Array, class_mask: Any, transform: Transform) -> Array:
+    """Return the scaled logits, of which the cap is a monotone function."""
     scaled = x if transform.scale is None else transform.scaled(x)
     return scaled if class_mask is None else jnp.where(class_mask, scaled, -jnp.inf)
 
 
-def _first_capped(scaled, axis, transform):
+def _first_capped(scaled: Array, axis: int, transform: Transform) -> Array:
     return first_best(transform.capped(scaled.astype(compute_dtype(scaled))), axis)
 
 
@@ -85,7 +85,7 @@ def row_sums(
     return _unpacked(axis, moment, arguments, _row_sums(axis, moment, *arguments))
 
 
-def _unpacked(axis, moment, arguments, packed):
+def _unpacked(axis: int, moment: bool, arguments: Any, packed: Any) -> RowSums:
     _, _, shift, _, (apart, target), mass = arguments
     asked = RowSums(
         left=_zero_if(apart is not None),
@@ -96,29 +96,30 @@ def _unpacked(axis, moment, arguments, packed):
         mass=_zero_if(mass is not None),
         mass_logit=_zero_if(mass is not None),
     )
-    return _xla.unpacked(jax.tree.structure(asked), packed, axis)
+    sums: RowSums = _xla.unpacked(jax.tree.structure(asked), packed, axis)
+    return sums
 
 
-def _zero_if(asked):
+def _zero_if(asked: bool) -> int | None:
     return 0 if asked else None
 
 
-def _keeps_mass_apart(shift, mass):
+def _keeps_mass_apart(shift: Any, mass: TargetMass | None) -> bool:
     return shift is not None and mass is not None and mass.probabilities is not None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _row_sums(axis, moment, *arguments):
+def _row_sums(axis: int, moment: bool, *arguments: Any) -> Any:
     return _packed_sums(axis, moment, _form(axis, arguments, False), *arguments)
 
 
-def _row_sums_fwd(axis, moment, *arguments):
+def _row_sums_fwd(axis: int, moment: bool, *arguments: Any) -> tuple[Any, Any]:
     packed = _packed_sums(axis, moment, _form(axis, arguments, True), *arguments)
     return packed, arguments
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _packed_sums(axis, moment, form, x, *rest):
+def _packed_sums(axis: int, moment: bool, form: str, x: Array, *rest: Any) -> Any:
     one_loop = functools.partial(_in_one_loop, axis, moment)
     one_by_one = functools.partial(set_sums, axis, moment, form=form)
     _, shift, _, (apart, _), mass = rest
@@ -130,7 +131,7 @@ def _packed_sums(axis, moment, form, x, *rest):
     return _xla.packed(sums, axis)
 
 
-def _form(axis, arguments, with_gradient):
+def _form(axis: int, arguments: Any, with_gradient: bool) -> str:
     """How a CPU sums up the exponentials."""
     x, *_, mass = arguments
     may_keep = with_gradient and mass is None
@@ -154,7 +155,9 @@ def set_sums(
     `form` says how a CPU sums up the exponentials.
     """
     apart, target = index
-    left = others = None
+    left: Any = None
+    others: Any = None
+    centred: Any = None
     if shift is not None:
         form = "masked" if moment else form or _form(axis, (x, mass), False)
         functions = centre, centre_at, exponentials
@@ -188,17 +191,26 @@ def set_sums(
     return sums
 
 
-def _in_one_loop(axis, moment, x, transform, shift, class_mask, index, mass):
-    """All sums in one loop over few classes."""
+def _in_one_loop(
+    axis: int,
+    moment: bool,
+    x: Array,
+    transform: Transform,
+    shift: Any,
+    class_mask: Any,
+    index: tuple[Any, Any],
+    mass: TargetMass | None,
+) -> RowSums:
+    """Return what `set_sums` does, all sums in one loop over few classes."""
     apart, target = index
     centred = centre(transform, x, shift, class_mask)
-    is_apart = None if apart is None else _xla.one_hot(apart, x, axis)
+    is_apart: Any = None if apart is None else _xla.one_hot(apart, x, axis)
     taken_out = _form(axis, (x, mass), False) == "taken out"
-    exps = None
+    exps: Any = None
     if shift is not None:
         exps = exponentials(transform, x, shift, class_mask)
         exps = exps if taken_out else jnp.where(is_apart, 0, exps)
-    q = None if mass is None else unless_lost(mass.values(class_mask), centred)
+    q: Any = None if mass is None else unless_lost(mass.values(class_mask), centred)
     keeps_apart = _keeps_mass_apart(shift, mass)
     terms = RowSums(
         left=None if apart is None else jnp.where(is_apart, centred, 0),
@@ -211,7 +223,7 @@ def _in_one_loop(axis, moment, x, transform, shift, class_mask, index, mass):
     if keeps_apart:
         terms = terms._replace(mass_logit=jnp.where(is_apart, 0, terms.mass_logit))
         q = jnp.where(is_apart, 0, q)
-    sums = _xla.sum_at_once(axis, terms)
+    sums: RowSums = _xla.sum_at_once(axis, terms)
     if apart is not None and shift is not None:
         sums = sums._replace(left=jnp.where(_xla.is_inside(apart, axis, x), sums.left, -jnp.inf))
         if taken_out:
@@ -219,16 +231,17 @@ def _in_one_loop(axis, moment, x, transform, shift, class_mask, index, mass):
     return sums if q is None else sums._replace(mass=_sum(axis, q))
 
 
-def _sum(axis, term):
+def _sum(axis: int, term: Array) -> Array:
     axis %= term.ndim
     return jax.lax.expand_dims(jax.lax.reduce_sum(term, (axis,)), (axis,))
 
 
-def _row_sums_bwd(axis, moment, arguments, cotangents):
+def _row_sums_bwd(axis: int, moment: bool, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
     x, transform, shift, class_mask, index, mass = arguments
     x = _xla.computed_again(axis, x, mass is not None, not transform.is_identity)
     cotangents = _unpacked(axis, moment, arguments, _xla.once_per_row(cotangents))
-    q, pull = None, None
+    q: Any = None
+    pull: Any = None
     if mass is not None:
         q, pull = jax.vjp(lambda mass: mass.values(class_mask), mass)
     masked = _form(axis, arguments, True) == "masked"

@@ -8,7 +8,7 @@ an automatic one, where types do not, the axis names say it.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         return P(*(sides if class_axis else reversed(sides)))
 
     def of_part(self, shape: tuple[int, ...], whole: tuple[int, ...]) -> P:
-        """Of an array that broadcasts to the logits' shape, or to that of the tokens."""
+        """Return the spec of an array that broadcasts to the logits, or to the tokens."""
         entries = [_entry(names) for names in (*self.tokens, self.classes)][: len(whole)]
         skip = len(whole) - len(shape)
         sizes = zip(entries[skip:], shape, whole[skip:])
@@ -118,7 +118,7 @@ def read_layout(
     return layout
 
 
-def _check_axes(split, class_axis, layout):
+def _check_axes(split: str, class_axis: int, layout: Layout) -> None:
     tokens = sum(layout.tokens, ())
     if both := set(tokens) & set(layout.classes):
         rest = [tuple(n for n in names if n not in both) for names in layout.tokens]
@@ -135,7 +135,7 @@ def _check_axes(split, class_axis, layout):
         )
 
 
-def _check_divisible(name, array, spec, mesh):
+def _check_divisible(name: str, array: Array, spec: P, mesh: Any) -> None:
     for axis, entry in enumerate(spec):
         parts = math.prod(mesh.shape[n] for n in flat_names(entry))
         if array.shape[axis] % parts:
@@ -146,29 +146,35 @@ def _check_divisible(name, array, spec, mesh):
             )
 
 
-def _free_axes(mesh) -> dict[str, AxisType]:
-    """The axes of a mesh that are not mapped."""
+def _free_axes(mesh: Any) -> dict[str, AxisType]:
+    """Return the axes of a mesh that are not mapped."""
     kinds = zip(mesh.axis_names, mesh.axis_types) if mesh else ()
     return {name: kind for name, kind in kinds if kind != AxisType.Manual}
 
 
-def _spec(x):
+def _spec(x: Array) -> P:
     spec = jax.typeof(x).sharding.spec
     return P(*spec, *[None] * (x.ndim - len(spec)))
 
 
-def _union(a, b) -> Names:
+def _union(a: Iterable[str], b: Iterable[str]) -> Names:
     return tuple(dict.fromkeys([*a, *b]))
 
 
-def _entry(names):
+def _entry(names: Names) -> str | Names | None:
     return names[0] if len(names) == 1 else (names or None)
 
 
 def on_shards(
-    function: Callable, layout: Layout, class_axis: int, hidden, kernel, rest, scalar=False
+    function: Callable[[Array, Array, Any], Any],
+    layout: Layout,
+    class_axis: int,
+    hidden: Array,
+    kernel: Array,
+    rest: Any,
+    scalar: bool = False,
 ) -> Any:
-    """`function(hidden, kernel, rest)` of each device's part, or of all where nothing is split.
+    """Call the function with each device's part, or with all where nothing is split.
 
     Args:
       rest: a tree of arrays with the logits' dimensions, of sizes that broadcast to theirs, and
@@ -179,7 +185,7 @@ def on_shards(
         return function(hidden, kernel, rest)
     logits = (*hidden.shape[:-1], kernel.shape[class_axis])
 
-    def spec_of(x):
+    def spec_of(x: Array) -> P:
         return layout.of_part(x.shape, logits) if x.ndim == len(logits) else P()
 
     specs = layout.of_hidden(), layout.of_kernel(class_axis), jax.tree.map(spec_of, rest)
@@ -202,14 +208,15 @@ def on_shards(
     return mapped(hidden, kernel, rest)
 
 
-def _lay_out(mesh, free, x, spec):
-    """Split as its type has to say on an explicit mesh. What is whole on each device is cut."""
+def _lay_out(mesh: Any, free: dict[str, AxisType], x: Array, spec: P) -> Array:
+    """Split an array as its type has to say on an explicit mesh, cutting what is whole."""
     wanted = [tuple(n for n in flat_names(e) if free[n] == AxisType.Explicit) for e in spec]
-    return jax.sharding.reshard(x, NamedSharding(mesh, P(*map(_entry, wanted))))
+    split: Array = jax.sharding.reshard(x, NamedSharding(mesh, P(*map(_entry, wanted))))
+    return split
 
 
 def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any) -> list[Any]:
-    """Arrays of the tokens, or of the logits' dimensions, split on an explicit mesh as hidden is.
+    """Return arrays of the tokens or logits, split on an explicit mesh as hidden is.
 
     What has few numbers is moved for it; what has the logits' size is not, and raises.
     """
@@ -218,7 +225,7 @@ def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any)
         return list(arrays.values())
     logits = (*hidden.shape[:-1], num_classes)
 
-    def like_hidden(name, x):
+    def like_hidden(name: str, x: Array | None) -> Array | None:
         if x is None:
             return x
         whole = logits if x.ndim == len(logits) else logits[:-1]

@@ -19,27 +19,31 @@ from jax import Array
 
 
 def compute_dtype(*arrays: Any) -> Any:
-    """float64 if one has dtype float64, else float32."""
+    """Return float64 if one has dtype float64, else float32."""
     return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
 
 
 def unless_zero(factor: Any, value: Any) -> Array:
-    """`value`, but 0 where `factor` is 0 and `value` infinite: 0 * inf is 0, 0 * NaN is NaN."""
+    """Return `value`, but 0 where `factor` is 0 and `value` infinite.
+
+    So 0 * inf is 0, and 0 * NaN is NaN.
+    """
     return jnp.where((factor == 0) & jnp.isinf(value), 0, value)
 
 
 def times(factor: Any, value: Any) -> Array:
-    """`factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
-    return factor * unless_zero(factor, value)
+    """Return `factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
+    product: Array = factor * unless_zero(factor, value)
+    return product
 
 
 def blank_uncounted(weight: Any, value: Any) -> Array:
-    """`value`, but 0 where `weight` is 0 and `value` is not finite, NaN included."""
+    """Return `value`, but 0 where `weight` is 0 and `value` is not finite, NaN included."""
     return jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
 
 
 def nan_where(condition: Any, dtype: Any) -> Array:
-    """NaN where the condition holds, else 0, to be added: the root of -1 or 0.
+    """Return NaN where the condition holds, else 0, to be added: the root of -1 or 0.
 
     There is no literal NaN in it: with jit off, `jax_debug_nans` judges each operation, and a
     select that does not take its NaN would be reported as one that does.
@@ -54,6 +58,6 @@ def finite_exp(x: Array) -> Array:
 
 
 @finite_exp.defjvp
-def _finite_exp_jvp(primals, tangents):
+def _finite_exp_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     exp = finite_exp(*primals)
     return exp, jnp.where(jnp.isfinite(exp), exp, 0) * tangents[0]

@@ -7,21 +7,24 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from ._arguments import Reduction
 from ._axes import Names, psum
 from ._xla import sums_of
 
 
 def total(values: ArrayLike, examples: Names) -> Array:
-    """The sum of all values, here and on the other shards of these mapped axes."""
+    """Return the sum of all values, here and on the other shards of these mapped axes."""
     return psum(jnp.sum(values), examples)
 
 
-def reduce(terms: list[tuple[Array, Array]], reduction: str, examples: Names):
+def reduce(terms: list[tuple[Array, Array]], reduction: Reduction, examples: Names) -> Array:
     """Add up the terms, each a pair of per-example (numerator, denominator).
 
     `none` adds numerators, `sum` totals them, `mean` divides each term's total by its
     denominator's, or by 1 where that is 0: the mean over nothing is 0.
     """
+    numerators: tuple[Array, ...]
+    denominators: tuple[Array, ...]
     numerators, denominators = zip(*terms)
     if reduction == "none":
         return functools.reduce(jnp.add, numerators)

@@ -98,21 +98,22 @@ class Transform(NamedTuple):
 
 
 @jax.custom_jvp
-def _transformed(transform, x):
+def _transformed(transform: Transform, x: Array) -> Array:
     return transform.capped(transform.scaled(x))
 
 
 @_transformed.defjvp
-def _transformed_jvp(primals, tangents):
+def _transformed_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _transformed(*primals), _transform_tangent(*primals, *tangents)
 
 
-def _transform_tangent(transform, x, d_transform, dx):
-    tangent = transform.slope(x) * dx
+def _transform_tangent(transform: Transform, x: Array, d_transform: Transform, dx: Array) -> Array:
+    tangent: Array = transform.slope(x) * dx
     if transform.scale is None:
         return tangent
     finite = jnp.where(jnp.isfinite(x), x, 0).astype(compute_dtype(x))
-    return tangent + transform.cap_slope(x) * finite * d_transform.scale
+    by_scale: Array = transform.cap_slope(x) * finite * d_transform.scale
+    return tangent + by_scale
 
 
 def centre(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
@@ -135,7 +136,7 @@ def centre_at(
     """Return `centre` at a class of each row, any value where the index is < 0."""
     exists = None if class_mask is None else take((class_mask,), index, axis, jnp.float32) > 0
 
-    def visible(x, class_mask):
+    def visible(x: Array, class_mask: Any) -> Array:
         x = x.astype(compute_dtype(x))
         return x if class_mask is None else jnp.where(class_mask, x, -jnp.inf)
 
@@ -149,7 +150,7 @@ def exponentials(transform: Transform, x: Array, shift: Any, class_mask: Any) ->
 
 
 @exponentials.defjvp
-def _exponentials_jvp(primals, tangents):
+def _exponentials_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     exps = exponentials(*primals)
     d_z = _transform_tangent(*primals[:2], *tangents[:2])
     return exps, jnp.where(jnp.isfinite(exps), exps, 0) * d_z
@@ -162,18 +163,18 @@ def product(q: Array, centred: Array) -> Array:
 
 
 @product.defjvp
-def _product_jvp(primals, tangents):
+def _product_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return product(*primals), _product_tangent(*primals, *tangents)
 
 
-def _product_tangent(q, centred, dq, d_centred):
+def _product_tangent(q: Array, centred: Array, dq: Array, d_centred: Array) -> Array:
     finite_q, finite = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, centred))
     return finite_q * d_centred + dq * finite
 
 
 @jax.custom_jvp
-def _scaled(d_others, exps):
-    """`d_others * exps`, 0 where that is 0 * NaN.
+def _scaled(d_others: Array, exps: Array) -> Array:
+    """Return `d_others * exps`, 0 where that is 0 * NaN.
 
     A poisoned d_others is not 0 only where all exps are finite.
 
@@ -185,7 +186,7 @@ def _scaled(d_others, exps):
 
 
 @_scaled.defjvp
-def _scaled_jvp(primals, tangents):
+def _scaled_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _scaled(*primals), _product_tangent(*primals, *tangents)
 
 
@@ -196,7 +197,7 @@ def unless_lost(q: Array, centred: Array) -> Array:
 
 
 @unless_lost.defjvp
-def _unless_lost_jvp(primals, tangents):
+def _unless_lost_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (q, centred), (dq, _) = primals, tangents
     lost = (q == 0) & ~jnp.isfinite(centred)
     return unless_lost(q, centred), jnp.where(lost, 0, dq.astype(centred.dtype))
@@ -245,14 +246,15 @@ class RowSums(NamedTuple):
 
     def blank(self, where: Array) -> "RowSums":
         """Return the sums, in these rows those of a single class: its loss and its lse are 0."""
-        return jax.tree.map(lambda x: jnp.where(where, 0, x), self)
+        blanked: RowSums = jax.tree.map(lambda x: jnp.where(where, 0, x), self)
+        return blanked
 
 
-def _plus(x, change):
+def _plus(x: Any, change: Any) -> Any:
     return None if x is None else x + change
 
 
-def _by(x, factor):
+def _by(x: Any, factor: Any) -> Any:
     return None if x is None else x * factor
 
 
@@ -264,7 +266,8 @@ def merge(a: RowSums, b: RowSums, stays: Array, has_target: Any) -> RowSums:
     left = jnp.where(stays, b.left, a.left)
     target = None if a.target is None else jnp.where(has_target, b.target, a.target)
     a, b = (x._replace(left=None, target=None) for x in (a.put_back(stays), b.put_back(~stays)))
-    return jax.tree.map(jnp.add, a, b)._replace(left=left, target=target)
+    merged: RowSums = jax.tree.map(jnp.add, a, b)
+    return merged._replace(left=left, target=target)
 
 
 def combine_shards(
@@ -303,17 +306,17 @@ def combine_shards(
 
 
 def combine_argmax(peak: Array, best: Array, num_classes: int, names: Names) -> tuple[Array, Array]:
-    """Return the most probable class of whole rows, the first of equals, given each shard's own;
-    and relative to this shard's classes, -1 for another shard's.
+    """Return the most probable class of whole rows, the first of equals, given each shard's own.
 
-    `peak` is that class's logit, on each shard; NaN is above all.
+    The second array is the same relative to this shard's classes, -1 for another shard's. `peak` is
+    that class's logit, on each shard; NaN is above all.
     """
     if not names:
         return best, best
     best = best.astype(jnp.int32) + first_class(num_classes, names)
     peak = jax.lax.stop_gradient(peak)
     largest = (peak == jax.lax.pmax(peak, names)) | jnp.isnan(peak)
-    whole = jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
+    whole: Array = jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
     return whole, local_index(whole, num_classes, names)
 
 
@@ -328,13 +331,13 @@ def log_total(left: Array, others: Array) -> Array:
     return _log_total(left, others)
 
 
-def _log_total(left, others):
+def _log_total(left: Array, others: Array) -> Array:
     # Where left < 0, another class is the largest, and others >= 1: no digit is lost.
     return jnp.log1p(others + (jnp.exp(left) - 1))
 
 
 @log_total.defjvp
-def _log_total_jvp(primals, tangents):
+def _log_total_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (left, others), (d_left, d_others) = primals, tangents
     change = jnp.exp(left) * d_left + d_others
     return log_total(left, others), change / total(left, others)
@@ -347,14 +350,14 @@ def surprise(left: Array, others: Array) -> Array:
 
 
 @surprise.defjvp
-def _surprise_jvp(primals, tangents):
+def _surprise_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (left, others), (d_left, d_others) = primals, tangents
     return surprise(left, others), (d_others - others * d_left) / total(left, others)
 
 
 def entropy(sums: RowSums) -> Array:
     """Return -sum_c p_c log p_c."""
-    relative = sums.moment - times(sums.others, sums.left)
+    relative: Array = sums.moment - times(sums.others, sums.left)
     return surprise(sums.left, sums.others) - relative / total(sums.left, sums.others)
 
 
@@ -393,7 +396,7 @@ def row_gradients(
         if cotangents.moment is not None:
             d_z += _scaled(cotangents.moment, exps + product(exps, centred))
 
-    def by_mass(d_z, q):
+    def by_mass(d_z: Array, q: Array) -> tuple[Array, Array]:
         # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
         q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
         d_mass_logit = cotangents.mass_logit

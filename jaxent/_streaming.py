@@ -8,6 +8,7 @@ second order neither: there, too, only tangents are carried from chunk to chunk.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 
 from ._axes import vary_alike, vary_like
 from ._chunks import (
+    Chunk,
     Fixed,
     Head,
     Plan,
@@ -35,12 +37,15 @@ from ._chunks import (
 from ._classes import first_best
 from ._dense import set_sums
 from ._numerics import compute_dtype
-from ._rows import RowSums, merge
+from ._rows import RowSums, Transform, merge
 from ._xla import from_bits, packed, scatter_slice, unpacked
 
+Floats = tuple[Head, Array, RowSums]  # head, shift and the cotangents of the sums
+Residuals = tuple[Head, Fixed, Array]
 
-def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array]:
-    """Shift, sums and most probable class of each token, (N, 1); of `_dense.row_sums`.
+
+def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array | None]:
+    """Return shift, sums and most probable class of each token, (N, 1), as `_dense` does.
 
     Args:
       plan: the static part; with `stats` there is a moment and a most probable class.
@@ -55,20 +60,21 @@ def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Arr
 
 # The class is an output of its own, as no float has the number of each: it is selected by the sums,
 # so that `vmap` maps both or neither, as `packed` is for.
-def _pack(shift, sums, best):
+def _pack(shift: Array, sums: RowSums, best: Array | None) -> tuple[Any, Array | None]:
     values = packed((shift, sums), -1)
     if best is not None:
         best = jnp.where(jnp.any(values > 0, -1, keepdims=True), best, best)
     return values, best
 
 
-def _unpack(plan, head, fixed, values):
+def _unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, RowSums]:
     asked = _sums_like(plan, head, fixed, 0)
-    return unpacked(jax.tree.structure((0, asked)), values, -1)
+    shift_and_sums: tuple[Array, RowSums] = unpacked(jax.tree.structure((0, asked)), values, -1)
+    return shift_and_sums
 
 
-def _sums_like(plan, head, fixed, value):
-    """Sums of this value, where they are asked for."""
+def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
+    """Return sums of this value, where they are asked for."""
     best = keeps_best_apart(plan, fixed)
     mass = None if head.mass is None else value
     return RowSums(
@@ -83,18 +89,20 @@ def _sums_like(plan, head, fixed, value):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_sums(plan, head, fixed):
+def _packed_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, Array | None]:
     return _packed_sums_fwd(plan, head, fixed)[0]
 
 
-def _packed_sums_fwd(plan, head, fixed):
+def _packed_sums_fwd(
+    plan: Plan, head: Head, fixed: Fixed
+) -> tuple[tuple[Array, Array | None], Residuals]:
     shift, sums, best = streamed_sums(plan, head, fixed)
     # 0 in an uncounted row of NaN: an eager gradient keeps it, where `jax_debug_nans` sees it.
     shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
     return _pack(shift, sums, best), (head, fixed._replace(best=best), shift)
 
 
-def _packed_sums_bwd(plan, residuals, cotangent):
+def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[Head, None]:
     head, fixed, shift = residuals
     _, cotangents = _unpack(plan, head, fixed, cotangent[0])
     gradients = _gradients(plan, (head, shift, cotangents), fixed)
@@ -104,8 +112,9 @@ def _packed_sums_bwd(plan, residuals, cotangent):
 _packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd)
 
 
-def _cast(gradients, head):
-    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, head)
+def _cast(gradients: Head, head: Head) -> Head:
+    cast: Head = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, head)
+    return cast
 
 
 # The two passes. Each is a custom_jvp, whose tangents are a scan of their own: it carries
@@ -113,17 +122,18 @@ def _cast(gradients, head):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def streamed_sums(plan, head, fixed):
-    return on_platform(sums_pass, plan, head, fixed)
+def streamed_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array | None]:
+    shift, sums, best = on_platform(sums_pass, plan, head, fixed)
+    return shift, sums, best
 
 
-def sums_pass(plan, head, fixed, keep=False):
+def sums_pass(plan: Plan, head: Head, fixed: Fixed, keep: bool = False) -> Any:
     dtype = compute_dtype(plan)
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
     of_best = keeps_best_apart(plan, fixed)
     transform = transform_of(head, fixed)
 
-    def step(carry, i):
+    def step(carry: Any, i: Array) -> Any:
         shift, sums, best = carry
         chunk = read_chunk(plan, head, fixed, i)
         logits = chunk_logits(plan, chunk.head)
@@ -133,6 +143,8 @@ def sums_pass(plan, head, fixed, keep=False):
         top = jnp.max(z, -1, keepdims=True)
         target = chunk.local_index(fixed.target)
         has_target = None if target is None else (target >= 0) & (target < plan.chunk)
+        apart: Array | None
+        stays: Any
         if of_best:
             apart = first_best(z, -1)
             stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
@@ -154,7 +166,15 @@ def sums_pass(plan, head, fixed, keep=False):
     return (out, kept) if keep else out
 
 
-def _chunk_sums(plan, head, chunk, logits, transform, shift, index):
+def _chunk_sums(
+    plan: Plan,
+    head: Head,
+    chunk: Chunk,
+    logits: Array,
+    transform: Transform,
+    shift: Array,
+    index: tuple[Array | None, Array | None],
+) -> RowSums:
     mass = chunk.head.mass
     if mass is not None:
         mass = chunk_mass(plan, chunk, head.kernel.shape[plan.class_axis], mass)
@@ -162,22 +182,22 @@ def _chunk_sums(plan, head, chunk, logits, transform, shift, index):
 
 
 @streamed_sums.defjvp
-def _sums_jvp(plan, primals, tangents):
+def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed], tangents: Any) -> Any:
     head, fixed = primals
     shift, sums, best = streamed_sums(plan, *primals)
     fixed = fixed._replace(best=best)
     plan = _finer(plan)
 
-    def local(head, i):
-        """Sums over a chunk, with the derivatives of its share in those over all."""
+    def local(head: Head, i: Array) -> RowSums:
+        """Return the sums over a chunk, with the derivatives of its share in those over all."""
         chunk = read_chunk(plan, head, fixed, i)
         logits = chunk_logits(plan, chunk.head)
-        index = tuple(map(chunk.local_index, apart_and_target(plan, fixed)))
+        apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
         transform = transform_of(head, fixed)
-        return _chunk_sums(plan, head, chunk, logits, transform, shift, index)
+        return _chunk_sums(plan, head, chunk, logits, transform, shift, (apart, target))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(d_sums, i):
+    def step(d_sums: RowSums, i: Array) -> tuple[RowSums, None]:
         part = jax.jvp(lambda head: local(head, i), (head,), tangents[:1])[1]
         return jax.tree.map(jnp.add, d_sums, part), None
 
@@ -189,16 +209,15 @@ def _sums_jvp(plan, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gradients(plan, floats, fixed):
-    """The gradients of a head, hidden's in float32; floats: head, shift and the cotangents
-    of the sums."""
+def _gradients(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
+    """Return the gradients of a head, hidden's in float32."""
     return on_platform(_gradients_pass, plan, floats, fixed)
 
 
-def _gradients_pass(plan, floats, fixed):
+def _gradients_pass(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
     head = floats[0]
 
-    def step(total, i):
+    def step(total: Head, i: Array) -> tuple[Head, None]:
         start, part = chunk_gradients(plan, floats, fixed, i)
         return accumulate(plan, head, total, part, start), None
 
@@ -208,13 +227,13 @@ def _gradients_pass(plan, floats, fixed):
 
 
 @_gradients.defjvp
-def _gradients_jvp(plan, primals, tangents):
+def _gradients_jvp(plan: Plan, primals: tuple[Floats, Fixed], tangents: Any) -> tuple[Head, Head]:
     floats, fixed = primals
     head = floats[0]
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(total, i):
-        def part(floats):
+    def step(total: Head, i: Array) -> tuple[Head, None]:
+        def part(floats: Floats) -> tuple[Head, Array]:
             start, gradients = chunk_gradients(plan, floats, fixed, i)
             return gradients, start
 
@@ -228,6 +247,9 @@ def _gradients_jvp(plan, primals, tangents):
     return gradients, d_gradients
 
 
-def _finer(plan):
-    """Tangents need several arrays of a chunk's size where the first order needs one."""
+def _finer(plan: Plan) -> Plan:
+    """Return the plan with smaller chunks.
+
+    Tangents need several arrays of a chunk's size where the first order needs one.
+    """
     return dataclasses.replace(plan, chunk=-(-plan.chunk // 4))

@@ -6,7 +6,7 @@ nothing left to decide.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -106,15 +106,16 @@ class TargetMass:
             uniform = self.smoothing * share
             q = uniform if q is None else (1 - self.smoothing) * q + uniform
         if self.weight is None:
-            return q
+            return cast(Array, q)
         # Whatever the weight of a class without mass is, NaN too; and in a row that is not counted.
         asked = q if self.sample_weight is None else q * self.sample_weight
-        return q * blank_uncounted(asked, self.weight)
+        weighted: Array = q * blank_uncounted(asked, self.weight)
+        return weighted
 
     def at(self, index: Array, axis: int, class_mask: Any) -> Array:
         """Return q at class indices (..., 1, ...); any value where they are < 0."""
 
-        def values(probabilities, weight, class_mask):
+        def values(probabilities: Any, weight: Any, class_mask: Any) -> Array:
             here = dataclasses.replace(self, probabilities=probabilities, weight=weight)
             return here.values(class_mask)
 
@@ -249,15 +250,15 @@ def make_rows(
     )
 
 
-def _weights(sample_weight, is_gone, dtype):
-    """Sample weights, 0 for what is gone."""
+def _weights(sample_weight: Array | None, is_gone: Array, dtype: Any) -> Array:
+    """Return sample weights, 0 for what is gone."""
     if sample_weight is None:
         return (~is_gone).astype(dtype)
     return jnp.where(is_gone, 0, sample_weight)
 
 
 def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | None:
-    """Which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
+    """Return which classes exist, as a table (1, C, 1, ...) or of the logits' shape."""
     if class_mask is None:
         return None
     table = tuple(size if i == axis else 1 for i, size in enumerate(shape))
@@ -267,19 +268,19 @@ def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | N
 
 
 def read_existing(exists: Array, axis: int, classes: Names = ()) -> tuple[Array, Array]:
-    """Which classes exist, all of them in a row that has none; and how many they were."""
+    """Return which classes exist, all of them in a row that has none; and how many they were."""
     count = psum(jnp.sum(exists, axis, keepdims=True, dtype=jnp.int32), classes)
     return exists | (count == 0), count
 
 
 def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
-    """The class weight of each row's target; any value for an index out of range."""
+    """Return the class weight of each row's target; any value for an index out of range."""
     chosen = take_class((weight,), here, axis)
     return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
 
 
 def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:
-    """int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
+    """Return int32 class indices, -1 for those outside [0, C), and which targets are ignored."""
     bits = max(jnp.iinfo(targets.dtype).bits, 32)
     if bits > jnp.iinfo(targets.dtype).bits:
         targets = targets.astype(jnp.int32)

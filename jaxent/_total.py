@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import vary_alike, vary_like
+from ._axes import Tree, vary_alike, vary_like
 from ._chunks import (
     Fixed,
     Head,
@@ -32,15 +32,18 @@ from ._rows import RowSums
 from ._streaming import head_sums, streamed_sums, sums_pass
 from ._xla import add_slice
 
+Terms = Callable[[Any, Array, RowSums], Array]
+Floats = tuple[Head, Any]  # a head, and the float arrays of the terms
+
 
 def head_total(
     plan: Plan,
-    terms: Callable[[Any, Array, RowSums], Array],
+    terms: Terms,
     head: Head,
     rows: Any,
     fixed: Fixed,
 ) -> Array:
-    """The sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
+    """Return the sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
 
     Args:
       plan, head, fixed: as in `head_sums`.
@@ -52,19 +55,19 @@ def head_total(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(plan, terms, head, rows, fixed):
+def _total(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> Array:
     shift, sums, _ = streamed_sums(plan, head, fixed)
     return jnp.sum(terms(rows, shift, sums))
 
 
-def _total_fwd(plan, terms, head, rows, fixed):
+def _total_fwd(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> tuple[Array, Any]:
     total, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
     gradients = blank_hidden(d_head, fixed.uncounted), d_rows
     like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))
     return total, (gradients, like)
 
 
-def _total_bwd(plan, terms, residuals, cotangent):
+def _total_bwd(plan: Plan, terms: Terms, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     gradients, like = residuals
     gradients = jax.tree.map(lambda g, x: (cotangent * g).astype(x.dtype), gradients, like)
     return *gradients, None
@@ -74,21 +77,25 @@ _total.defvjp(_total_fwd, _total_bwd)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _total_and_gradients(plan, terms, floats, fixed):
+def _total_and_gradients(
+    plan: Plan, terms: Terms, floats: Floats, fixed: Fixed
+) -> tuple[Array, Floats]:
     blocks = functools.partial(_blocks_pass, terms=terms)
     return on_platform(blocks, plan, floats, fixed)
 
 
 @_total_and_gradients.defjvp
-def _total_and_gradients_jvp(plan, terms, primals, tangents):
+def _total_and_gradients_jvp(
+    plan: Plan, terms: Terms, primals: tuple[Floats, Fixed], tangents: Any
+) -> Any:
     floats, fixed = primals
 
-    def total(floats):
+    def total(floats: Floats) -> Array:
         head, rows = floats
         shift, sums, _ = head_sums(plan, head, fixed)
         return jnp.sum(terms(rows, shift, sums))
 
-    def wide(floats):
+    def wide(floats: Floats) -> tuple[Array, Floats]:
         total_, gradients = jax.value_and_grad(total)(floats)
         return total_, _widen(plan, gradients)
 
@@ -96,20 +103,21 @@ def _total_and_gradients_jvp(plan, terms, primals, tangents):
     return out, jax.jvp(wide, (floats,), tangents[:1])[1]
 
 
-def _widen(plan, gradients):
-    """In float32, whatever a half-precision loss scale may multiply them with."""
-    return jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
+def _widen(plan: Plan, gradients: Tree) -> Tree:
+    """Return the gradients in float32, whatever a half-precision loss scale multiplies them by."""
+    wide: Tree = jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
+    return wide
 
 
-def _blocks_pass(plan, floats, fixed, terms):
+def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tuple[Array, Floats]:
     num_tokens = floats[0].hidden.shape[0]
     size = balance(num_tokens, plan.block)
     blocks = -(-num_tokens // max(size, 1))  # none of no tokens
 
-    def of_token(x):
+    def of_token(x: Array) -> bool:
         return x.ndim == 2 and x.shape[0] == num_tokens
 
-    def step(carry, i):
+    def step(carry: tuple[Array, Floats], i: Array) -> tuple[tuple[Array, Floats], None]:
         start = jnp.minimum(i * size, num_tokens - size)
         (head, rows), fixed_here = jax.tree.map(
             lambda x: take_slice(x, start, size, 0) if of_token(x) else x,
@@ -119,14 +127,14 @@ def _blocks_pass(plan, floats, fixed, terms):
         (shift, sums, best), logits = sums_pass(plan, head, fixed_here, keep=True)
         fixed_here = fixed_here._replace(best=best)
 
-        def block_total(rows, sums):
+        def block_total(rows: Any, sums: RowSums) -> Array:
             fresh = start + jnp.arange(size, dtype=jnp.int32)[:, None] >= i * size
             return jnp.sum(jnp.where(fresh, terms(rows, shift, sums), 0))
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
 
-        def chunk_step(gradients, x):
+        def chunk_step(gradients: Head, x: tuple[Array, Array]) -> tuple[Head, None]:
             around = (head, shift, cotangents)
             c, part = chunk_gradients(plan, around, fixed_here, *x)
             return accumulate(plan, head, gradients, part, c, add_slice), None
@@ -136,7 +144,7 @@ def _blocks_pass(plan, floats, fixed, terms):
         chunks = chunk_numbers(plan, head), logits
         part, _ = jax.lax.scan(chunk_step, zeros, chunks)
 
-        def add(total, part):
+        def add(total: Array, part: Array) -> Array:
             return add_slice(total, part, start, 0) if of_token(total) else total + part
 
         kernel = part.kernel

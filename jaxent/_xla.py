@@ -31,6 +31,12 @@ KEPT_BYTES = 2**25
 BLOCKED_SUM_CLASSES = 4096
 BLOCKED_ARGMAX_CLASSES = 128
 
+# (x, class_mask, transform) -> values, and (values, axis, transform) -> the class of the largest.
+Visible = Callable[[Array, Any, Any], Array]
+First = Callable[[Array, int, Any], Array]
+# `_rows.centre`, `_rows.centre_at` and `_rows.exponentials`.
+Functions = tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]]
+
 WORKAROUNDS: dict[str, Callable[..., Any]] = {}
 _switched_off: set[str] = set()
 
@@ -45,7 +51,7 @@ def workaround(plain: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable
         @functools.wraps(function)
         def call(*args: P.args, **keywords: P.kwargs) -> R:
             form = plain if name in _switched_off else function
-            return form(*args, **keywords)  # type: ignore[no-any-return]
+            return form(*args, **keywords)
 
         return call
 
@@ -64,6 +70,16 @@ def without(name: str) -> Iterator[None]:
     finally:
         _switched_off.remove(name)
         jax.clear_caches()
+
+
+def _by_platform(on_cpu: Callable[..., R], others: Callable[..., R], *arguments: Any) -> R:
+    result: R = jax.lax.platform_dependent(*arguments, cpu=on_cpu, default=others)
+    return result
+
+
+def _hidden(values: R) -> R:
+    result: R = jax.lax.optimization_barrier(values)
+    return result
 
 
 # Shardings of an explicit mesh.
@@ -91,7 +107,7 @@ def class_numbers(x: Array, axis: int) -> Array:
     return numbers + zeros_like(x, jnp.int32) if spec and spec[axis] else numbers
 
 
-def _numbers(x, axis):
+def _numbers(x: Array, axis: int) -> Array:
     others = [i for i in range(x.ndim) if i != axis % x.ndim]
     return jnp.expand_dims(jnp.arange(x.shape[axis], dtype=jnp.int32), others)
 
@@ -108,7 +124,8 @@ def _masked_sum(
     arrays: tuple[Any, ...], index: Array, axis: int, function: Any = lambda x: x
 ) -> Array:
     values = function(*arrays)
-    return jnp.sum(jnp.where(one_hot(index, values, axis), values, 0), axis, keepdims=True)
+    total: Array = jnp.sum(jnp.where(one_hot(index, values, axis), values, 0), axis, keepdims=True)
+    return total
 
 
 @workaround(_masked_sum)
@@ -127,7 +144,7 @@ def take_class(
     on_cpu, others = (
         functools.partial(f, axis=axis, function=function) for f in (gather_class, _masked_sum)
     )
-    return jax.lax.platform_dependent(arrays, index, cpu=on_cpu, default=others)
+    return _by_platform(on_cpu, others, arrays, index)
 
 
 def splits_alike(arrays: tuple[Any, ...], index: Array) -> bool:
@@ -141,16 +158,16 @@ def gather_class(
 ) -> Array:
     """Return what `take_class` does, as a gather."""
     take = functools.partial(gather_bits, functools.partial(_gather, axis))
-    return function(*(None if values is None else take(values, index) for values in arrays))
+    taken: Array = function(*(None if values is None else take(values, index) for values in arrays))
+    return taken
 
 
-def _gather(axis, values, index):
+def _gather(axis: int, values: Array, index: Array) -> Array:
     """`jnp.take_along_axis`, and of a table's value for each index; clipped to the classes."""
     axis %= values.ndim
+    batch = tuple(i for i in range(values.ndim) if i != axis)
     if values.size == values.shape[axis]:
         values, axis, batch = values.ravel(), 0, ()
-    else:
-        batch = tuple(i for i in range(values.ndim) if i != axis)
     dimensions = jax.lax.GatherDimensionNumbers((), (axis,), (axis,), batch, batch)
     one = (1,) * values.ndim
     return jax.lax.gather(values, index[..., None], dimensions, one, mode="clip")
@@ -167,7 +184,7 @@ def gather_bits(gather: Callable[[Array, Array], Array], values: Array, index: A
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _gathered_bits(gather, values, index):
+def _gathered_bits(gather: Callable[[Array, Array], Array], values: Array, index: Array) -> Array:
     if values.dtype.itemsize != 2:
         return gather(values, index)
     bits = jax.lax.bitcast_convert_type(values, jnp.uint16)
@@ -175,7 +192,9 @@ def _gathered_bits(gather, values, index):
 
 
 @_gathered_bits.defjvp
-def _gathered_bits_jvp(gather, primals, tangents):
+def _gathered_bits_jvp(
+    gather: Callable[[Array, Array], Array], primals: Any, tangents: Any
+) -> tuple[Array, Array]:
     (values, index), (d_values, _) = primals, tangents
     return _gathered_bits(gather, values, index), gather(d_values, index)
 
@@ -205,30 +224,32 @@ def num_blocks(num_classes: int) -> int:
     return num_classes // best if wanted / 8 <= best <= 8 * wanted else 1
 
 
-def _blocks(x):
+def _blocks(x: Array) -> Array:
     """(..., C) as (N, K, C / K), or (1, K, C / K) of a table."""
     count = num_blocks(x.shape[-1])
     return x.reshape(-1, count, x.shape[-1] // count)
 
 
-def _hidden_blocks(x):
+def _hidden_blocks(x: Any) -> Any:
     # Hidden: XLA would go over the rows as they were.
-    return None if x is None else jax.lax.optimization_barrier(_blocks(x))
+    return None if x is None else _hidden(_blocks(x))
 
 
-def _take_block(blocks, which):
+def _take_block(blocks: Any, which: Array) -> Any:
     """One block, (N, B), of each row of blocks (N, K, B), or (1, K, B) of a table."""
     if blocks is None or blocks.shape[0] == 1:
         return None if blocks is None else blocks[0][which[:, 0]]
     return gather_bits(_gather_block, blocks, which)
 
 
-def _gather_block(blocks, which):
+def _gather_block(blocks: Array, which: Array) -> Array:
     dimensions = jax.lax.GatherDimensionNumbers((1,), (1,), (1,), (0,), (0,))
     return jax.lax.gather(blocks, which, dimensions, (1, 1, blocks.shape[2]), mode="clip")
 
 
-def _row_max(axis, visible, first, x, class_mask, transform):
+def _row_max(
+    axis: int, visible: Visible, first: First | None, x: Array, class_mask: Any, transform: Any
+) -> tuple[Array, ...]:
     values = visible(x, class_mask, transform)
     top = jnp.max(values, axis, keepdims=True)
     return (top,) if first is None else (top, first(values, axis, transform))
@@ -237,8 +258,8 @@ def _row_max(axis, visible, first, x, class_mask, transform):
 @workaround(_row_max)
 def row_max(
     axis: int,
-    visible: Callable[[Array, Any, Any], Array],
-    first: Callable[[Array, int, Any], Array] | None,
+    visible: Visible,
+    first: First | None,
     x: Array,
     class_mask: Any,
     transform: Any,
@@ -250,24 +271,24 @@ def row_max(
     float32 takes 1.1 ms so, and 4.1 ms if each value is compared with the largest; the largest
     alone is 1.4 times as fast from 4096 classes on (jax 0.12.0.1).
     """
-    plain = functools.partial(_row_max, axis, visible, first)
+    plain: Callable[..., tuple[Array, ...]] = functools.partial(_row_max, axis, visible, first)
 
-    def in_blocks(x, class_mask, transform):
+    def in_blocks(x: Array, class_mask: Any, transform: Any) -> tuple[Array, ...]:
         blocks, masks = _hidden_blocks(x), _hidden_blocks(class_mask)
         tops = jnp.max(visible(blocks, masks, transform), -1)
-        tops = jax.lax.optimization_barrier(tops)
+        tops = _hidden(tops)
         top = jnp.max(tops, -1, keepdims=True).reshape(*x.shape[:-1], 1)
         if first is None:
             return (top,)
         which = first(tops, -1, transform)
         block = _take_block(blocks, which), _take_block(masks, which)
-        inside = first(visible(*jax.lax.optimization_barrier(block), transform), -1, transform)
+        inside = first(visible(*_hidden(block), transform), -1, transform)
         return top, (which * blocks.shape[2] + inside).reshape(top.shape)
 
     least = BLOCKED_SUM_CLASSES if first is None else BLOCKED_ARGMAX_CLASSES
     if not has_blocks(axis, x, least):
         return plain(x, class_mask, transform)
-    return jax.lax.platform_dependent(x, class_mask, transform, cpu=in_blocks, default=plain)
+    return _by_platform(in_blocks, plain, x, class_mask, transform)
 
 
 # The sum over a row's classes but one.
@@ -279,7 +300,16 @@ def others_mask(apart: Array, x: Array, axis: int, class_mask: Any) -> Array:
     return others if class_mask is None else class_mask & others
 
 
-def _masked(axis, form, functions, x, class_mask, shift, transform, apart):
+def _masked(
+    axis: int,
+    form: str,
+    functions: Functions,
+    x: Array,
+    class_mask: Any,
+    shift: Array,
+    transform: Any,
+    apart: Array,
+) -> tuple[Array, Array]:
     centre, _, exponentials = functions
     centred = centre(transform, x, shift, class_mask)
     left = _sum(axis, jnp.where(one_hot(apart, x, axis), centred, 0))
@@ -287,7 +317,7 @@ def _masked(axis, form, functions, x, class_mask, shift, transform, apart):
     return left, _sum(axis, exponentials(transform, x, shift, mask))
 
 
-def _sum(axis, term):
+def _sum(axis: int, term: Array) -> Array:
     axis %= term.ndim
     return jax.lax.expand_dims(jax.lax.reduce_sum(term, (axis,)), (axis,))
 
@@ -318,7 +348,7 @@ def sum_form(axis: int, x: Array, may_keep: bool, has_mass: bool, is_smoothed: b
 def apart_and_others(
     axis: int,
     form: str,
-    functions: tuple[Callable[..., Array], Callable[..., Array], Callable[..., Array]],
+    functions: Functions,
     x: Array,
     class_mask: Any,
     shift: Array,
@@ -343,38 +373,48 @@ def apart_and_others(
         return plain(x, class_mask, shift, transform, apart)
     centre, centre_at, exponentials = functions
 
-    def gathered(x, class_mask, shift, transform, apart):
+    def gathered(x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array) -> Array:
         return centre_at(transform, x, shift, class_mask, apart, axis, gather_class)
 
-    def products(x, class_mask, shift, transform, apart):
+    def products(
+        x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
+    ) -> tuple[Array, Array]:
         exps = exponentials(transform, x, shift, class_mask)
         others = _sum(axis, exps * _not_at(apart, x, exps.dtype))
         return gathered(x, class_mask, shift, transform, apart), others
 
-    def masked(x, class_mask, shift, transform, apart):
+    def masked(
+        x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
+    ) -> tuple[Array, Array]:
         mask = others_mask(apart, x, axis, class_mask)
         others = _sum(axis, exponentials(transform, x, shift, mask))
         return gathered(x, class_mask, shift, transform, apart), others
 
-    def taken_out(x, class_mask, shift, transform, apart):
+    def taken_out(
+        x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
+    ) -> tuple[Array, Array]:
         left = gathered(x, class_mask, shift, transform, apart)
         share = jnp.where(is_inside(apart, axis, x), finite_exp(left), 0)
         return left, _sum(axis, exponentials(transform, x, shift, class_mask)) - share
 
-    def kept_blocks(x, class_mask, shift, transform, apart):
+    def kept_blocks(
+        x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
+    ) -> tuple[Array, Array]:
         blocks = _blocks(exponentials(transform, x, shift, class_mask))
         which, inside = _in_block(apart.reshape(-1, 1), blocks)
-        block = jax.lax.optimization_barrier(_take_block(blocks, which))
+        block = _hidden(_take_block(blocks, which))
         again = jnp.where(one_hot(inside, block, -1), 0, block)
         others = _put_together(blocks, which, again, x)
         return gathered(x, class_mask, shift, transform, apart), others
 
-    def in_blocks(x, class_mask, shift, transform, apart):
+    def in_blocks(
+        x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
+    ) -> tuple[Array, Array]:
         blocks, masks = _hidden_blocks(x), _hidden_blocks(class_mask)
         shift = shift.reshape(-1, 1)
         which, inside = _in_block(apart.reshape(-1, 1), blocks)
         block = _take_block(blocks, which), _take_block(masks, which)
-        values, mask = jax.lax.optimization_barrier(block)
+        values, mask = _hidden(block)
         centred = centre(transform, values, shift, mask)
         left = _sum(-1, jnp.where(one_hot(inside, values, -1), centred, 0))
         mask = others_mask(inside, values, -1, mask)
@@ -390,7 +430,7 @@ def apart_and_others(
         "masked": masked,
     }
     arguments = x, class_mask, shift, transform, apart
-    return jax.lax.platform_dependent(*arguments, cpu=forms[form], default=plain)
+    return _by_platform(forms[form], plain, *arguments)
 
 
 def is_inside(index: Array, axis: int, x: Array) -> Array:
@@ -398,20 +438,20 @@ def is_inside(index: Array, axis: int, x: Array) -> Array:
     return (index >= 0) & (index < x.shape[axis])
 
 
-def _not_at(index, x, dtype):
+def _not_at(index: Array, x: Array, dtype: Any) -> Array:
     """0 where the last axis' class is the one at the index (..., 1), else 1."""
     distance = jnp.arange(x.shape[-1], dtype=dtype) - index.astype(dtype)
     return jnp.minimum(distance * distance, 1)
 
 
-def _in_block(apart, blocks):
+def _in_block(apart: Array, blocks: Array) -> tuple[Array, Array]:
     """Which block has the class apart, and where it is in there; -1 for none."""
     which = jnp.clip(apart, 0) // blocks.shape[2]
     return which, jnp.where(apart < 0, -1, apart - which * blocks.shape[2])
 
 
-def _put_together(blocks, which, again, x):
-    """The sum over all blocks, (..., 1), one of which is summed up again."""
+def _put_together(blocks: Array, which: Array, again: Array, x: Array) -> Array:
+    """Return the sum over all blocks, (..., 1), one of which is summed up again."""
     sums = jnp.where(jnp.arange(blocks.shape[1]) == which, _sum(-1, again), jnp.sum(blocks, -1))
     return _sum(-1, sums).reshape(*x.shape[:-1], 1)
 
@@ -424,13 +464,13 @@ def is_last(axis: int, x: Array) -> bool:
     return axis % x.ndim == x.ndim - 1
 
 
-def _are_few(axis, x):
+def _are_few(axis: int, x: Array) -> bool:
     """On a CPU, 16 classes on the last axis, and 24 on another, are still unrolled (jax 0.10.2)."""
     size = x.shape[axis]
     return isinstance(size, int) and size <= (16 if is_last(axis, x) else 24)
 
 
-def _is_faster_in_one_loop(axis, x, has_mass):
+def _is_faster_in_one_loop(axis: int, x: Array, has_mass: bool) -> bool:
     return not meshes(x) and (_are_few(axis, x) or (has_mass and not is_last(axis, x)))
 
 
@@ -453,11 +493,11 @@ def in_one_loop(
     """
     if not chosen("one_loop", _is_faster_in_one_loop, axis, x, has_mass):
         return one_by_one(x, *rest)
-    return jax.lax.platform_dependent(x, *rest, cpu=one_loop, default=one_by_one)
+    return _by_platform(one_loop, one_by_one, x, *rest)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def sum_at_once(axis, terms):
+def sum_at_once(axis: int, terms: Any) -> Any:
     """Return the sums of the terms over an axis, kept as 1, in one loop."""
     leaves, structure = jax.tree.flatten(terms)
     axis %= leaves[0].ndim
@@ -466,12 +506,12 @@ def sum_at_once(axis, terms):
     return jax.tree.unflatten(structure, [jnp.expand_dims(x, axis) for x in sums])
 
 
-def _add(a, b):
+def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)  # one function, so that a second call compiles nothing
 
 
 @sum_at_once.defjvp
-def _sum_at_once_jvp(axis, primals, tangents):
+def _sum_at_once_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     d_sums = jax.tree.map(functools.partial(_sum, axis), tangents[0])
     return sum_at_once(axis, *primals), d_sums
 
@@ -492,13 +532,12 @@ def computed_again(axis: int, x: Array, has_mass: bool, is_transformed: bool) ->
     hide_elsewhere = has_mass or is_transformed
     if not hide_on_cpu and not hide_elsewhere:
         return x
-    hidden, same = jax.lax.optimization_barrier, _same
-    return jax.lax.platform_dependent(
-        x, cpu=hidden if hide_on_cpu else same, default=hidden if hide_elsewhere else same
-    )
+    on_cpu: Callable[[Array], Array] = _hidden if hide_on_cpu else _same
+    others: Callable[[Array], Array] = _hidden if hide_elsewhere else _same
+    return _by_platform(on_cpu, others, x)
 
 
-def _same(x):
+def _same(x: R) -> R:
     return x
 
 
@@ -510,7 +549,7 @@ def once_per_row(values: R) -> R:
     it again for each class: log_softmax of (4096, 1000) float32 takes 1.2 times as long (jax
     0.12.0.1).
     """
-    return jax.lax.optimization_barrier(values)  # type: ignore[no-any-return]
+    return _hidden(values)
 
 
 @workaround(lambda terms: jnp.stack([jnp.sum(term) for term in terms]))
@@ -554,10 +593,10 @@ def with_cpu_plan(function: Callable[..., R], plan: Any, on_cpu: Any, *arguments
     and writes slices of half precision by their bits, as `slice_of_bits` says.
     """
     cpu, default = (functools.partial(function, each) for each in (on_cpu, plan))
-    return jax.lax.platform_dependent(*arguments, cpu=cpu, default=default)
+    return _by_platform(cpu, default, *arguments)
 
 
-def _slice(array, start, size, axis):
+def _slice(array: Array, start: Array, size: int, axis: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
@@ -568,9 +607,9 @@ def slice_of_bits(array: Array, start: Array, size: int, axis: int) -> Array:
     It computes such a slice as one of float32, hoists the cast out of the loop and holds a float32
     copy of the array (jax 0.10.2). Bits are sliced as they are.
     """
-    array, start = jax.lax.optimization_barrier((array, start))
+    array, start = _hidden((array, start))
     bits = _slice(jax.lax.bitcast_convert_type(array, jnp.uint16), start, size, axis)
-    return jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(bits, array.dtype))
+    return _hidden(jax.lax.bitcast_convert_type(bits, array.dtype))
 
 
 @workaround(_same)

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from ._arguments import (
     ArrayOrList,
+    Reduction,
     check_reduction,
     read_axis,
     read_class_axis,
@@ -63,7 +64,7 @@ class Options(NamedTuple):
     """What is static in a loss of logits."""
 
     axis: int = -1  # of the classes
-    reduction: str = "none"
+    reduction: Reduction = "none"
     examples: Names = ()  # mapped axes over which they are split
     classes: Names = ()
 
@@ -76,7 +77,7 @@ def log_softmax(
     class_mask: ArrayOrList | None = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""Logarithm of the softmax over the class axis.
+    r"""Return the logarithm of the softmax over the class axis.
 
     .. math:: \log p_c = x_c - m - \log \sum_k e^{x_k - m}, \quad m = \max_k x_k
 
@@ -137,13 +138,13 @@ def nll(
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     axis: int | None = None,
     sample_weight: ArrayOrList | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""Negative log-likelihood of targets under given log-probabilities.
+    r"""Return the negative log-likelihood of targets under given log-probabilities.
 
     .. math:: \ell_i = -w_{y_i} \log p_{i, y_i}
               \quad\text{or}\quad \ell_i = -\sum_c w_c t_{i,c} \log p_{i,c}
@@ -203,7 +204,7 @@ def cross_entropy(
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: ArrayLike = 0.0,
     axis: int | None = None,
     sample_weight: ArrayOrList | None = None,
@@ -214,7 +215,7 @@ def cross_entropy(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""Softmax cross-entropy between logits and class indices or class probabilities.
+    r"""Return the softmax cross-entropy of logits with class indices or class probabilities.
 
     .. math:: \ell_i = -\sum_c w_c q_{i,c} \log \mathrm{softmax}(x_i)_c, \qquad
               q_{i,c} = (1 - \varepsilon) t_{i,c} + \varepsilon / C
@@ -314,8 +315,11 @@ def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
 def rows_of_logits(
     axis: int, logits: Array, given: Given, classes: Names, stats: bool = False
 ) -> tuple[Rows, Any, RowSums, Any]:
-    """What the targets are; shift and sums of each row of logits, of all of its classes; and, for
-    statistics or probabilities, its most probable class, which is then the one apart."""
+    """Return what the targets are, and shift and sums of each row of logits.
+
+    They are of all of its classes. For statistics or probabilities, the last result is the row's
+    most probable class, which is then the one apart.
+    """
     wide = compute_dtype(logits)
     rows = make_rows(axis, logits.shape, wide, given, classes)
     transform, exists = given.transform(wide), rows.exists
@@ -335,15 +339,17 @@ def rows_of_logits(
     return rows, shift, sums, whole
 
 
-def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: str, examples):
-    """The reduction of the examples' losses, computed without the class axis.
+def reduced_loss(
+    rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: Reduction, examples: Names
+) -> Array:
+    """Return the reduction of the examples' losses, computed without the class axis.
 
     With it, as 1 at the end, XLA's sum on the CPU takes five times longer (jax 0.10.2), and there
     are more kernels.
     """
-    squeezed: dict[int, Any] = {}
+    squeezed: dict[int, Array] = {}
 
-    def squeeze(x):
+    def squeeze(x: Array) -> Array:
         if id(x) not in squeezed:
             squeezed[id(x)] = jax.lax.squeeze(x, (rows.axis,)) if x.ndim else x
         return squeezed[id(x)]
@@ -357,7 +363,7 @@ def reduced_loss(rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: 
 def loss_terms(
     rows: Rows, z_loss: Array | None, shift: Any, sums: RowSums
 ) -> list[tuple[Array, Array]]:
-    """Pairs of (numerator, denominator) of the examples: the loss, and z-loss if there is one."""
+    """Return (numerator, denominator) of the examples, of the loss and of any z-loss."""
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
     # would be 0 * inf.
     finite = is_finite(sums) if z_loss is None else is_finite(sums) & jnp.isfinite(shift * shift)
@@ -372,10 +378,10 @@ def loss_terms(
     return terms
 
 
-def _loss(rows, sums):
+def _loss(rows: Rows, sums: RowSums) -> Array:
     loss = surprise(sums.left, sums.others)
     if sums.left_mass is not None:
-        mass_logit = sums.mass_logit - times(sums.mass, sums.left)
+        mass_logit: Array = sums.mass_logit - times(sums.mass, sums.left)
         return times(sums.mass + sums.left_mass, loss) - mass_logit
     if rows.picked_weight is not None:
         loss = times(rows.picked_weight, loss)
@@ -384,8 +390,8 @@ def _loss(rows, sums):
     return loss
 
 
-def _loss_of_log_probs(rows, sums):
-    loss = 0
+def _loss_of_log_probs(rows: Rows, sums: RowSums) -> Any:
+    loss: Any = 0
     if sums.left is not None:
         loss = -sums.left if rows.picked_weight is None else times(rows.picked_weight, -sums.left)
     return loss if sums.mass is None else loss - sums.mass_logit
@@ -401,7 +407,7 @@ def total_weight(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Array:
-    r"""What the mean of `cross_entropy` divides by, for class indices: :math:`\sum s_i w_{y_i}`.
+    r"""Return what the mean of `cross_entropy` divides by: :math:`\sum s_i w_{y_i}`.
 
     The sum of the losses of all micro-batches, divided once by the sum of their total
     weights, is the mean over the whole batch; the mean of their means is not. (A `z_loss`

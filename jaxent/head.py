@@ -8,13 +8,14 @@ logits = self.head(hidden[:, -1])       # in generation
 ```
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
+from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
 from ._rows import Transform
 from ._targets import class_table
@@ -53,7 +54,7 @@ class LinearHead(nnx.Linear):
         criterion: LinearCrossEntropyLoss | None = None,
         rngs: nnx.Rngs,
         **keywords: Any,
-    ):
+    ) -> None:
         super().__init__(in_features, out_features, rngs=rngs, **keywords)
         criterion = LinearCrossEntropyLoss() if criterion is None else criterion
         if not isinstance(criterion, LinearCrossEntropyLoss) or criterion.class_axis not in (-1, 1):
@@ -65,7 +66,7 @@ class LinearHead(nnx.Linear):
         self.criterion = criterion
 
     def __call__(self, hidden: Array, out_sharding: Any = None) -> Array:
-        """Logits, (..., C), as the loss reads them: scaled, capped, -inf for an excluded class."""
+        """Return logits, (..., C), as the loss reads them: scaled, capped, -inf where excluded."""
         logits = super().__call__(hidden, out_sharding)
         scale = read_logit_scale(self.criterion.logit_scale)
         transform = Transform.of(scale, self.criterion.softcap, compute_dtype(logits))
@@ -76,10 +77,18 @@ class LinearHead(nnx.Linear):
         exists = class_table(mask, shape, axis)
         return logits if exists is None else jnp.where(exists, logits, -jnp.inf)
 
-    def loss(self, hidden: Array, targets: ArrayOrList, **keywords: Any) -> Array:
-        """The loss. Any keyword of `jaxent.linear_cross_entropy` given here overrides the
-        criterion's, and is differentiated."""
-        given = {
+    def loss(
+        self,
+        hidden: Array,
+        targets: ArrayOrList,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array:
+        """Return the loss of hidden states, (..., D), whose logits are not held.
+
+        Any keyword of `jaxent.linear_cross_entropy` given here overrides the criterion's, and is
+        differentiated.
+        """
+        given: LinearCrossEntropyKeywords = {
             "bias": None if self.bias is None else self.bias[...],
             "dtype": self.criterion.dtype or self.dtype,
             "precision": self.criterion.precision or self.precision,

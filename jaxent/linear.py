@@ -11,7 +11,7 @@ the kernel's width may be split over devices.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    Reduction,
     check_head_targets,
     check_reduction,
     read_array,
@@ -45,13 +46,11 @@ from ._classes import along
 from ._forms import chosen
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._numerics import compute_dtype
-from ._rows import combine_argmax, combine_shards
+from ._rows import RowSums, combine_argmax, combine_shards
 from ._streaming import head_sums
 from ._targets import Given, Rows, make_rows, read_given
 from ._total import head_total
 from .functional import loss_terms, reduced_loss
-
-PrecisionLike = Any  # as jax.lax.dot_general takes it
 
 # Where gradients are made forward: the float32 kernel gradient's bytes at most, and the width at
 # least, by the dtype's bits. The docstring of linear_cross_entropy has the measurement.
@@ -71,11 +70,11 @@ def linear_cross_entropy(
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None,
+    precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: ArrayLike = 0.0,
     sample_weight: ArrayOrList | None = None,
     class_mask: ArrayOrList | None = None,
@@ -86,7 +85,7 @@ def linear_cross_entropy(
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
 ) -> Array:
-    r"""Cross-entropy of a linear classifier, without ever holding its logits.
+    r"""Return the cross-entropy of a linear classifier, without ever holding its logits.
 
     .. math:: \mathrm{linear\_cross\_entropy}(h, K, y) = \mathrm{cross\_entropy}(h K + b, y)
 
@@ -187,7 +186,9 @@ def linear_cross_entropy(
 
 
 def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
-    """Whether gradients are made forward: a loop over tokens, which must be this device's own.
+    """Return whether gradients are made in the forward pass.
+
+    That is a loop over tokens, which must be this device's own.
 
     A symbolic number of them (`jax.export`) is not cut into blocks.
     """
@@ -200,7 +201,7 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
 
 @compiled
 def _linear_cross_entropy(
-    static: tuple[Plan, Layout, str], hidden: Array, kernel: Array, bias: Any, given: Given
+    static: tuple[Plan, Layout, Reduction], hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> Array:
     plan, layout, reduction = static
     if plan.made_forward:
@@ -213,11 +214,11 @@ def _linear_cross_entropy(
 def rows_of_head(
     plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> tuple[Rows, Array, Any, Any]:
-    """What the targets are, and shift, sums and most probable class of each token, (..., 1)."""
+    """Return the targets, and shift, sums and most probable class of each token, (..., 1)."""
     head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
     rest = head[2:], _fixed(rows, given.softcap)
 
-    def local(hidden, kernel, rest):
+    def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, RowSums, Array | None]:
         others, fixed = jax.tree.map(_in_a_row, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         num_classes, names = kernel.shape[plan.class_axis], layout.classes
@@ -225,12 +226,16 @@ def rows_of_head(
         if target is not None:
             here = local_index(target, num_classes, names)
         shift, sums, best = head_sums(fitted, head, fixed._replace(target=here))
-        index, own = (target, None), (here, None)
+        index: tuple[Array | None, Array | None] = target, None
+        own: tuple[Array | None, Array | None] = here, None
         if best is not None:
             best, best_here = combine_argmax(shift, best, num_classes, names)
             index, own = (best, target), (best_here, here)
         top, sums = combine_shards(shift, sums, index, own, fixed.uncounted, names)
-        return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best))
+        return cast(
+            tuple[Array, RowSums, Array | None],
+            jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best)),
+        )
 
     return rows, *on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
 
@@ -239,32 +244,38 @@ def _fixed(rows: Rows, softcap: Any) -> Fixed:
     return Fixed(rows.exists, rows.index, rows.uncounted, softcap)
 
 
-def _total(plan, head, rows, given, reduction, layout):
-    divisors = []
+def _total(
+    plan: Plan, head: Head, rows: Rows, given: Given, reduction: Reduction, layout: Layout
+) -> Array:
+    divisors: list[Array] = []
     if reduction == "mean":
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
         divisors = [jnp.where(total == 0, 1, total) for total in totals]
     floats = dataclasses.replace(rows, exists=None, index=None, here=None, mass=None)
     rest = head[2:], (floats, given.z_loss, divisors), _fixed(rows, given.softcap)
 
-    def local(hidden, kernel, rest):
+    def local(hidden: Array, kernel: Array, rest: Any) -> Array:
         others, floats, fixed = jax.tree.map(_in_a_row, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         total = head_total(fitted, _divided_terms, head, floats, fixed)
         return psum(total, flat_names(layout.tokens))
 
-    total = on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest, scalar=True)
+    total: Array = on_shards(
+        local, layout, plan.class_axis, head.hidden, head.kernel, rest, scalar=True
+    )
     return psum(total, layout.examples)
 
 
-def _divided_terms(floats, shift, sums):
+def _divided_terms(floats: Any, shift: Array, sums: RowSums) -> Array:
     rows, z_loss, divisors = floats
     numerators = [numerator for numerator, _ in loss_terms(rows, z_loss, shift, sums)]
-    return sum(n / d for n, d in zip(numerators, divisors)) if divisors else sum(numerators)
+    if divisors:
+        numerators = [n / d for n, d in zip(numerators, divisors)]
+    return cast(Array, sum(numerators))
 
 
-def _local(plan, hidden, kernel, others) -> tuple[Head, Plan]:
-    """A device's head, its tokens in a row, and the plan with chunks of its classes."""
+def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head, Plan]:
+    """Return a device's head, its tokens in a row, and the plan with chunks of its classes."""
     head = Head(_in_a_row(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
     chunk = plan.chunk or choose_chunk(plan, head)
@@ -272,26 +283,26 @@ def _local(plan, hidden, kernel, others) -> tuple[Head, Plan]:
 
 
 def _in_a_row(x: Array) -> Array:
-    """(..., D) as (N, D)."""
+    """Return (..., D) as (N, D)."""
     return x.reshape(-1, x.shape[-1]) if x.ndim else x
 
 
 def read_head(
-    hidden,
-    kernel,
-    targets,
+    hidden: Any,
+    kernel: Any,
+    targets: Any,
     *,
-    bias,
-    class_axis,
-    dtype,
-    precision,
-    chunk_size,
-    axis_name,
-    class_axis_name,
-    width_axis_name,
-    ignore_index,
-    stats=False,
-    **keywords,
+    bias: Any,
+    class_axis: Any,
+    dtype: Any,
+    precision: Any,
+    chunk_size: Any,
+    axis_name: AxisName,
+    class_axis_name: AxisName,
+    width_axis_name: AxisName,
+    ignore_index: Any,
+    stats: bool = False,
+    **keywords: Any,
 ) -> tuple[Plan, Layout, Any, Any, Any, Given]:
     """Check the arguments of a head: what is static, and its arrays."""
     hidden, kernel = read_array("hidden", hidden), read_array("kernel", kernel)

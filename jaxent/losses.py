@@ -18,8 +18,8 @@ Setting an attribute checks it as construction does: `loss.weight = new_weight`.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    Reduction,
     check_axis,
     check_reduction,
     read_bool_mask,
@@ -46,6 +47,7 @@ from ._arguments import (
 )
 from ._axes import AxisName, check_axis_name
 from ._calls import public
+from ._keywords import CrossEntropyKeywords, LinearCrossEntropyKeywords, NLLKeywords
 from .functional import cross_entropy, nll
 from .linear import linear_cross_entropy
 
@@ -58,7 +60,7 @@ def _array(value: Any) -> Any:
 
 
 def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A reader of a value that is kept as it came."""
+    """Return a reader of a value that is kept as it came."""
 
     def read(value: Any) -> Any:
         check(value)
@@ -68,7 +70,7 @@ def _checked(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _number(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A reader of a number, which is static, or an array, which is not."""
+    """Return a reader of a number, which is static, or an array, which is not."""
 
     def read(value: Any) -> Any:
         check(value)
@@ -131,16 +133,16 @@ class _Loss(nnx.Pytree):
             )
         super().__setattr__(name, value)
 
-    def _keywords(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The function's keywords: those given to the call, and the object's, as constants."""
-        keywords = {name: getattr(self, name) for name in self._names} | given
+    def _keywords(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the function's keywords: the call's, and the object's, as constants."""
+        keywords = {**{name: getattr(self, name) for name in self._names}, **given}
         for name, value in keywords.items():
             if name not in given and _is_array(value) and value.dtype != bool:
                 keywords[name] = jax.lax.stop_gradient(value)
         return keywords
 
     def _configuration(self) -> tuple[Any, ...] | None:
-        """What it is, if it holds no arrays."""
+        """Return what it is, if it holds no arrays."""
         values = tuple(getattr(self, name) for name in self._names)
         return None if any(map(_is_array, values)) else (type(self), *values)
 
@@ -188,11 +190,11 @@ class NLLLoss(_Loss):
         *,
         weight: ArrayOrList | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         axis: int | None = None,
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
-    ):
+    ) -> None:
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -200,9 +202,14 @@ class NLLLoss(_Loss):
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name
 
-    def __call__(self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
-        """The loss. Any keyword of `jaxent.nll` given here (`sample_weight`, say) overrides the
-        object's, and is differentiated."""
+    def __call__(
+        self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[NLLKeywords]
+    ) -> Array:
+        """Return the loss.
+
+        Any keyword of `jaxent.nll` given here (`sample_weight`, say) overrides the object's, and
+        is differentiated.
+        """
         return nll(log_probs, targets, **self._keywords(keywords))
 
 
@@ -232,7 +239,7 @@ class CrossEntropyLoss(_Loss):
         *,
         weight: ArrayOrList | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: ArrayLike = 0.0,
         axis: int | None = None,
         class_mask: ArrayOrList | None = None,
@@ -241,7 +248,7 @@ class CrossEntropyLoss(_Loss):
         softcap: float | None = None,
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
-    ):
+    ) -> None:
         self.weight = weight
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -254,9 +261,14 @@ class CrossEntropyLoss(_Loss):
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name
 
-    def __call__(self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Any) -> Array:
-        """The loss. Any keyword of `jaxent.cross_entropy` given here (`sample_weight`,
-        `reduction="none"`) overrides the object's, and is differentiated."""
+    def __call__(
+        self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[CrossEntropyKeywords]
+    ) -> Array:
+        """Return the loss.
+
+        Any keyword of `jaxent.cross_entropy` given here (`sample_weight`, `reduction="none"`)
+        overrides the object's, and is differentiated.
+        """
         return cross_entropy(logits, targets, **self._keywords(keywords))
 
 
@@ -287,11 +299,11 @@ class LinearCrossEntropyLoss(_Loss):
         *,
         class_axis: int = -1,
         dtype: DTypeLike | None = None,
-        precision: Any = None,
+        precision: jax.lax.PrecisionLike = None,
         chunk_size: int | None = None,
         weight: ArrayOrList | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: ArrayLike = 0.0,
         class_mask: ArrayOrList | None = None,
         z_loss: ArrayLike = 0.0,
@@ -300,7 +312,7 @@ class LinearCrossEntropyLoss(_Loss):
         axis_name: AxisName = None,
         class_axis_name: AxisName = None,
         width_axis_name: AxisName = None,
-    ):
+    ) -> None:
         self.class_axis = class_axis
         self.dtype = dtype
         self.precision = precision
@@ -318,10 +330,17 @@ class LinearCrossEntropyLoss(_Loss):
         self.width_axis_name = width_axis_name
 
     def __call__(
-        self, hidden: ArrayOrList, kernel: ArrayOrList, targets: ArrayOrList, **keywords: Any
+        self,
+        hidden: ArrayOrList,
+        kernel: ArrayOrList,
+        targets: ArrayOrList,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array:
-        """The loss. Any keyword of `jaxent.linear_cross_entropy` given here (`bias`,
-        `sample_weight`) overrides the object's, and is differentiated."""
+        """Return the loss.
+
+        Any keyword of `jaxent.linear_cross_entropy` given here (`bias`, `sample_weight`)
+        overrides the object's, and is differentiated.
+        """
         return linear_cross_entropy(hidden, kernel, targets, **self._keywords(keywords))
 
 

@@ -19,14 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ._arguments import Reduction
 from .head import LinearHead
 from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
 
 
 def legacy_reduction(
-    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean"
-) -> str:
-    """The reduction that PyTorch's deprecated `size_average` and `reduce` stand for.
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+) -> Reduction:
+    """Return the reduction that PyTorch's deprecated `size_average` and `reduce` stand for.
 
     Args:
       size_average: False is "sum", True or None "mean".
@@ -60,7 +63,7 @@ def legacy_reduction(
 
 
 def from_torch(module: Any) -> CrossEntropyLoss | NLLLoss | LinearHead:
-    """What computes here what a PyTorch loss module computes.
+    """Return what computes here what a PyTorch loss module computes.
 
     A loss becomes a loss object, and `torch.nn.LinearCrossEntropyLoss`, which owns a linear
     layer, a `jaxent.LinearHead` whose `loss` it is. The weights are copied: what happens to
@@ -114,7 +117,7 @@ def from_torch(module: Any) -> CrossEntropyLoss | NLLLoss | LinearHead:
     return _read_linear(module, keywords)
 
 
-def _read_linear(module, keywords) -> LinearHead:
+def _read_linear(module: Any, keywords: dict[str, Any]) -> LinearHead:
     if module.out_features:
         raise ValueError(
             f"module has out_features={tuple(module.out_features)}, several heads in one: call "
@@ -138,7 +141,7 @@ def _read_linear(module, keywords) -> LinearHead:
     return head
 
 
-def _read_parameter(tensor) -> jax.Array:
+def _read_parameter(tensor: Any) -> jax.Array:
     dtype = jnp.dtype(str(tensor.dtype).removeprefix("torch."))
     tensor = tensor.detach().cpu()
     if dtype == jnp.bfloat16:  # which torch has no NumPy type for

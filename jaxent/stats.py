@@ -22,7 +22,7 @@ from ._mesh import Layout
 from ._rows import RowSums, entropy, log_total, surprise
 from ._targets import Given, Rows, read_given
 from .functional import Options, rows_of_logits
-from .linear import PrecisionLike, read_head, rows_of_head
+from .linear import read_head, rows_of_head
 
 WANTED = "the statistics are of one class a token, given as an index"
 
@@ -49,7 +49,9 @@ def token_stats(
     softcap: float | None = None,
     class_axis_name: AxisName = None,
 ) -> TokenStats:
-    r"""What each token's logits x say, given its target y:
+    r"""Return statistics of each token's logits x, given its target y.
+
+    They are
 
     * `log_prob`, :math:`\log p_y = x_y - \mathrm{lse}`,
     * `log_normalizer`, :math:`\mathrm{lse} = \log \sum_c e^{x_c}`; the z-loss of
@@ -115,7 +117,7 @@ def linear_token_stats(
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
-    precision: PrecisionLike = None,
+    precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
     ignore_index: int | None = -100,
     class_mask: ArrayOrList | None = None,
@@ -125,7 +127,7 @@ def linear_token_stats(
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
 ) -> TokenStats:
-    """`token_stats` of a linear classifier's logits, which are never held.
+    """Return `token_stats` of a linear classifier's logits, which are never held.
 
     One pass over the classes; memory is that of `jaxent.linear_cross_entropy`.
 
@@ -149,7 +151,7 @@ def linear_token_stats(
       (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
     """
     read_index_targets(targets, ignore_index, WANTED)
-    plan, layout, *arrays = read_head(
+    plan, layout, h, k, b, given = read_head(
         hidden,
         kernel,
         targets,
@@ -167,7 +169,7 @@ def linear_token_stats(
         ignore_index=ignore_index,
         stats=True,
     )
-    return _linear_token_stats((plan, layout), *arrays)
+    return _linear_token_stats((plan, layout), h, k, b, given)
 
 
 @compiled
@@ -192,4 +194,5 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenS
         prediction=prediction,
         correct=counted & is_prediction,
     )
-    return jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
+    squeezed: TokenStats = jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
+    return squeezed

@@ -5,6 +5,8 @@ import os
 import hypothesis
 import pytest
 
+collect_ignore = ["typing_user"]  # for type checkers alone
+
 FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
@@ -26,8 +28,10 @@ elif profile := os.environ.get("HYPOTHESIS_PROFILE"):
 
 @pytest.fixture(scope="module", params=["in one loop", "one by one"])
 def sums(request):
-    """Both ways in which a CPU sums the terms of rows; by itself it takes the first for few
-    classes, which nearly all tests have."""
+    """Sum the terms of rows in both ways that a CPU has.
+
+    By itself it takes the first for few classes, which nearly all tests have.
+    """
     import jax
 
     from jaxent._forms import forced

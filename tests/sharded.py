@@ -23,10 +23,12 @@ def assert_equal(actual, whole):
     roundings = EXAMPLES * float(jnp.finfo(jnp.float32).eps)
     assert jax.tree.structure(actual) == jax.tree.structure(whole)
     for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(whole), strict=True):
-        assert a.shape == w.shape and a.dtype == w.dtype
+        assert a.shape == w.shape
+        assert a.dtype == w.dtype
         last = float(jnp.finfo(a.dtype).eps)
         a, w = np.asarray(a, np.float64), np.asarray(w, np.float64)
-        assert np.all(np.isfinite(w)) and np.any(w != 0)
+        assert np.all(np.isfinite(w))
+        assert np.any(w != 0)
         np.testing.assert_allclose(a, w, rtol=roundings + last, atol=roundings)
 
 

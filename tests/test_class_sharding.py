@@ -57,7 +57,8 @@ def test_the_calls_are_what_these_tests_need():
     assert per_shard.tolist() == [6, 6, 5, 0]
     counted = (a["y"] != -100) & (a["s"] != 0)
     assert counted.reshape(2, -1).sum(-1).tolist() == [5, 6]
-    assert np.isnan(a["x"]).any() and np.isnan(a["h"]).any()
+    assert np.isnan(a["x"]).any()
+    assert np.isnan(a["h"]).any()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +68,7 @@ def test_whole_equals_the_reference(case):
 
 
 @pytest.mark.parametrize(
-    "way, case",
+    ("way", "case"),
     [(way, case) for way in ("shard_map", "vmap") for case in CASES]
     + [(way, case) for way in ("shard_map, check_vma=False", "pmap of vmap") for case in FULLEST],
 )
@@ -109,8 +110,10 @@ def test_reference_over_shards_equals_the_whole(case):
 
 
 def hard_rows():
-    """Logits that are infinite or not a number on some shards of the classes or on all, targets
-    of every kind, and sample weights of 0."""
+    """Return logits, targets of every kind, and sample weights, some of which are 0.
+
+    The logits are infinite or not a number on some shards of the classes or on all.
+    """
     x = np.array(given("cross_entropy")["clean"])
     labels = np.arange(len(x)) % x.shape[1]
     weights = np.ones(len(x), np.float32)
@@ -156,7 +159,8 @@ def test_what_is_not_finite_is_as_loud_as_in_whole_rows(function, smoothing):
         return values(mapped), values(losses)
 
     actual, expected = (jax.tree.leaves(results) for results in both(x, s))
-    assert np.isnan(expected[0]).any() and np.isinf(expected[0]).any()
+    assert np.isnan(expected[0]).any()
+    assert np.isinf(expected[0]).any()
     for a, b in zip(actual, expected):
         np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
         np.testing.assert_allclose(a, b, rtol=16 * float(jnp.finfo("float32").eps), atol=1e-5)

@@ -19,7 +19,7 @@ def randn(*shape):
 
 
 def log_probabilities(logits, axis=1):
-    """log softmax, float64."""
+    """Return log softmax, float64."""
     x = np.asarray(logits, np.float64)
     x = x - x.max(axis, keepdims=True)
     return x - np.log(np.exp(x).sum(axis, keepdims=True))
@@ -43,7 +43,8 @@ def check_mean(loss, expected, inputs):
     value, gradient = jax.jit(jax.value_and_grad(loss))(inputs)
     np.testing.assert_allclose(value, expected, rtol=2e-6)
     assert gradient.shape == inputs.shape
-    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
+    assert np.all(np.isfinite(gradient))
+    assert np.any(gradient != 0)
     return gradient
 
 
@@ -71,7 +72,8 @@ def check_printed(loss, targets, printed):
     np.testing.assert_allclose(loss(ONEFLOW_INPUT, targets), printed, rtol=0, atol=5.1e-5)
     gradient = jax.jit(jax.grad(lambda x: loss(x, targets).sum()))(ONEFLOW_INPUT)
     assert gradient.shape == ONEFLOW_INPUT.shape
-    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
+    assert np.all(np.isfinite(gradient))
+    assert np.any(gradient != 0)
     return gradient
 
 
@@ -151,7 +153,7 @@ def test_pytorch_weighted_mean_divides_by_the_weights_of_the_targets():
 def test_pytorch_deprecated_size_average_and_reduce(flags, expected):
     targets = np.array([1, 0, 4])
     losses = -log_probabilities(randn(3, 5))[np.arange(3), targets]
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="pass reduction="):
         loss = jaxent.CrossEntropyLoss(reduction=legacy_reduction(**flags))
     result = loss(randn(3, 5), targets)
     assert result.shape == expected(losses).shape
@@ -175,7 +177,7 @@ def test_r_torch_nll_with_classes_counted_from_1():
     check_mean(lambda x: loss(jaxent.log_softmax(x, axis=1), classes - 1), expected, randn(3, 5))
 
 
-def test_r_torch_class_C_not_shifted_is_loud():
+def test_r_torch_last_class_not_shifted_is_loud():
     losses = jaxent.cross_entropy(randn(3, 5), np.array([2, 1, 5]), reduction="none")
     np.testing.assert_array_equal(np.isnan(losses), [False, False, True])
 

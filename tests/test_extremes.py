@@ -175,8 +175,10 @@ def test_smoothing_of_zero_beside_minus_infinity_has_the_other_classes_derivativ
 def test_nan_in_a_counted_row_shows_in_its_row_alone(bad):
     logits = np.array([[bad, 0, 0], [0, 1, 2]], "float32")
     losses, gradient = loss_and_gradient(logits, np.array([1, 1]))
-    assert np.isnan(losses[0]) and np.isfinite(losses[1])
-    assert np.all(np.isnan(gradient[0])) and np.all(np.isfinite(gradient[1]))
+    assert np.isnan(losses[0])
+    assert np.isfinite(losses[1])
+    assert np.all(np.isnan(gradient[0]))
+    assert np.all(np.isfinite(gradient[1]))
 
 
 @pytest.mark.parametrize("module", [jaxent, reference])
@@ -202,7 +204,8 @@ def test_nan_in_an_uncounted_row_reaches_nothing(module, how, bad, options):
     alone = jaxent.cross_entropy(logits[1:], np.array([1]), weight=arguments["weight"], **options)
     assert_close(value, alone, 2)
     np.testing.assert_array_equal(gradient[0], 0)
-    assert np.all(np.isfinite(gradient)) and np.any(gradient[1] != 0)
+    assert np.all(np.isfinite(gradient))
+    assert np.any(gradient[1] != 0)
     assert np.all(np.isfinite(by_weight))
 
 
@@ -267,7 +270,8 @@ def test_a_lost_row_of_weight_0_has_no_derivative_by_its_weight(module):
         return module.cross_entropy(logits, [0, 1], sample_weight=weight, reduction="sum")
 
     gradient = jax.grad(loss)(jnp.array([1.0, 0.0]))
-    assert gradient[0] > 1 and gradient[1] == 0
+    assert gradient[0] > 1
+    assert gradient[1] == 0
 
 
 @pytest.mark.parametrize("module", [jaxent, reference])
@@ -303,11 +307,13 @@ def test_predictions_of_nan_and_of_no_class_are_argmax(module):
         stats = module.linear_token_stats(
             np.ones((1, 1), "float32"), logits[:1], [1], chunk_size=chunk_size
         )
-        assert stats.prediction == 1 and stats.correct
+        assert stats.prediction == 1
+        assert stats.correct
         stats = module.linear_token_stats(
             np.nan_to_num(logits), eye, [1, 1], class_mask=mask, chunk_size=chunk_size
         )
-        assert stats.prediction[1] == 2 and not stats.correct[1]
+        assert stats.prediction[1] == 2
+        assert not stats.correct[1]
     assert module.token_stats(logits, [1, 1]).prediction[0] == 1
 
 
@@ -340,7 +346,8 @@ def test_log_softmax_of_no_classes_or_rows_is_empty(module, shape, axis):
     for dtype in ("float32", "bfloat16"):
         x = jnp.zeros(shape, dtype)
         found = jax.jit(lambda x: module.log_softmax(x, axis))(x)
-        assert found.shape == shape and found.dtype == dtype
+        assert found.shape == shape
+        assert found.dtype == dtype
         gradient = jax.grad(lambda x: module.log_softmax(x, axis).astype("float32").sum())(x)
         assert gradient.shape == shape
     mask = jnp.ones(shape[axis], bool)
@@ -364,7 +371,8 @@ def test_nan_probability_targets_of_weight_zero_reach_nothing():
 def test_float16_near_its_maximum():
     logits = np.array([[65504, -65504, 0], [65504, 65504, 0]], "float16")
     losses, gradient = loss_and_gradient(logits, np.array([1, 0]))
-    assert losses.dtype == "float32" and gradient.dtype == "float16"
+    assert losses.dtype == "float32"
+    assert gradient.dtype == "float16"
     assert_close(losses, np.array([131008, np.log(2)], "float32"), 1)
     np.testing.assert_array_equal(gradient, [[1, -1, 0], [-0.5, 0.5, 0]])
 
@@ -580,7 +588,8 @@ def test_traced_smoothing_out_of_range_is_nan(module, smoothing):
     loss = jax.jit(
         lambda e: module.cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1]), label_smoothing=e)
     )
-    assert np.isnan(loss(smoothing)) and np.isfinite(loss(0.1))
+    assert np.isnan(loss(smoothing))
+    assert np.isfinite(loss(0.1))
 
 
 def test_softcap_bounds_what_infinity_does():

@@ -301,8 +301,10 @@ def test_second_derivatives_of_uncounted_nan_rows_are_zero():
     reverse = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))(logits)
     np.testing.assert_array_equal(hessian[1], 0)
     np.testing.assert_array_equal(reverse[1], 0)
-    assert np.all(np.isfinite(hessian)) and np.any(hessian[0] != 0)
-    assert np.all(np.isfinite(reverse)) and np.any(reverse[0] != 0)
+    assert np.all(np.isfinite(hessian))
+    assert np.any(hessian[0] != 0)
+    assert np.all(np.isfinite(reverse))
+    assert np.any(reverse[0] != 0)
 
 
 @both_sums
@@ -341,5 +343,6 @@ def test_grad_of_grad_with_smoothing_passes_by_uncounted_nan_rows(classes):
         return jnp.sum(jax.grad(loss)(logits)[0] ** 2)
 
     gradient = jax.grad(squared)(logits)
-    assert jnp.all(jnp.isfinite(gradient)) and jnp.any(gradient[0] != 0)
+    assert jnp.all(jnp.isfinite(gradient))
+    assert jnp.any(gradient[0] != 0)
     assert jnp.all(gradient[1] == 0)

@@ -101,7 +101,7 @@ def test_second_order_equals_the_reference(made_forward, call, seed):
 
 
 @forms
-@pytest.mark.parametrize("dtype, option_dtype", [*itertools.permutations(FLOATS, 2)])
+@pytest.mark.parametrize(("dtype", "option_dtype"), [*itertools.permutations(FLOATS, 2)])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_second_order_of_arrays_of_two_dtypes(made_forward, dtype, option_dtype, kind):
     """What lowers, and to gradients of the arguments' dtypes; the laws compare values."""

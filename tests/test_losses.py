@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import typing
 
 import flax.linen as linen
 import jax
@@ -25,7 +26,8 @@ LABELS = jnp.array([0, 2, -100, 1])
 def assert_close(actual, expected):
     """Equal to a few roundings: at most one program is compiled otherwise than the other."""
     actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
     eps = np.finfo(expected.dtype).eps
     np.testing.assert_allclose(actual, expected, rtol=8 * eps, atol=8 * eps)
 
@@ -135,7 +137,8 @@ class Linen(linen.Module):
 def test_linen_module_holds_a_loss_as_a_field(loss):
     loss = LOSSES[loss]()
     module = Linen(loss)
-    assert hash(module) == hash(Linen(loss)) and module == Linen(loss)
+    assert hash(module) == hash(Linen(loss))
+    assert module == Linen(loss)
     assert module.clone().loss is loss
     variables = module.init(jax.random.key(0), LOGITS, LABELS)
     assert set(variables) == {"params"}
@@ -342,16 +345,21 @@ def test_equal_configurations_without_arrays_are_equal_and_hash_alike():
     kinds = jaxent.CrossEntropyLoss, jaxent.NLLLoss, jaxent.LinearCrossEntropyLoss
     for kind in kinds:
         one, same, other = kind(axis_name="i"), kind(axis_name="i"), kind(reduction="sum")
-        assert one == same and hash(one) == hash(same)
-        assert one != other and len({one, same, other}) == 2
+        assert one == same
+        assert hash(one) == hash(same)
+        assert one != other
+        assert len({one, same, other}) == 2
         assert one == copy.deepcopy(one) == pickle.loads(pickle.dumps(one))
     assert len({kind() for kind in kinds}) == 3
-    assert kinds[0]() != kinds[1]() and kinds[0]() != None  # noqa: E711
+    assert kinds[0]() != kinds[1]()
+    assert kinds[0]() != None  # noqa: E711
 
 
 def test_a_loss_with_arrays_equals_itself_alone():
     one, same = configured(), configured()
-    assert one == one and one != same and len({one, same}) == 2
+    assert one == one
+    assert one != same
+    assert len({one, same}) == 2
 
 
 def test_attributes_are_set_as_they_are_constructed():
@@ -391,7 +399,8 @@ def test_loss_is_made_inside_jit_from_tracers():
 
 
 def assert_same_loss(actual, original):
-    assert actual is not original and type(actual) is type(original)
+    assert actual is not original
+    assert type(actual) is type(original)
     assert repr(actual) == repr(original)
     assert jax.tree.structure(actual) == jax.tree.structure(original)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(original), strict=True):
@@ -455,7 +464,7 @@ def test_orbax_restores_the_state_of_a_model_with_its_loss(loss, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loss, text",
+    ("loss", "text"),
     [
         (jaxent.CrossEntropyLoss(), "CrossEntropyLoss()"),
         (jaxent.NLLLoss(), "NLLLoss()"),
@@ -541,7 +550,7 @@ BAD = [(jaxent.NLLLoss, *case) for case in BAD_FOR_BOTH] + [
 ]
 
 
-@pytest.mark.parametrize("make, keywords, error, message", BAD, ids=str)
+@pytest.mark.parametrize(("make", "keywords", "error", "message"), BAD, ids=str)
 def test_bad_configuration_is_refused_at_construction(make, keywords, error, message):
     with pytest.raises(error, match=message):
         make(**keywords)
@@ -629,7 +638,7 @@ def test_nll_object_equals_its_function(options, call):
 
 
 @pytest.mark.parametrize(
-    "make, function",
+    ("make", "function"),
     [
         (jaxent.NLLLoss, jaxent.nll),
         (jaxent.CrossEntropyLoss, jaxent.cross_entropy),
@@ -644,3 +653,22 @@ def test_object_takes_its_functions_keywords_with_their_defaults(make, function)
     keywords.pop("bias", None)
     del keywords["sample_weight"]
     assert {k: p.default for k, p in of_object.items()} == keywords
+
+
+@pytest.mark.parametrize(
+    ("call", "function"),
+    [
+        (jaxent.NLLLoss.__call__, jaxent.nll),
+        (jaxent.CrossEntropyLoss.__call__, jaxent.cross_entropy),
+        (jaxent.LinearCrossEntropyLoss.__call__, jaxent.linear_cross_entropy),
+        (jaxent.LinearHead.loss, jaxent.linear_cross_entropy),
+    ],
+)
+def test_a_call_is_typed_by_its_functions_keywords(call, function):
+    """An editor knows all of them, of the same types, and no other."""
+    (of_call,) = (p for p in inspect.signature(call).parameters.values() if p.kind is p.VAR_KEYWORD)
+    (keywords,) = typing.get_args(of_call.annotation)
+    of_function = inspect.signature(function).parameters.items()
+    expected = {k: p.annotation for k, p in of_function if p.kind is p.KEYWORD_ONLY}
+    assert typing.get_type_hints(keywords) == expected
+    assert not keywords.__required_keys__

@@ -183,8 +183,10 @@ def test_gradients_made_forward_are_added_up_once(kind):
 
 @pytest.mark.parametrize("ambient", [True, False])
 def test_batch_split_on_an_automatic_mesh_needs_no_names(ambient):
-    """A wide head, whose gradients one device makes forward: who is not told takes the loop over
-    classes, for which `jit` moves no tokens."""
+    """A wide head takes the loop over classes, for which `jit` moves no tokens.
+
+    One device would make its gradients in the forward pass.
+    """
     mesh = make_mesh("auto", data=8)
 
     def struct(shape, dtype, *spec):
@@ -220,7 +222,7 @@ def refused(kind, message, specs=WHOLLY, shapes=((8, 4), (4, 16), (8,)), **names
 
 
 @pytest.mark.parametrize(
-    "names, message",
+    ("names", "message"),
     [
         ({"axis_name": "batch"}, "'batch' is no axis here.*which has 'data', 'model'"),
         (
@@ -242,7 +244,7 @@ def test_wrong_names_on_an_automatic_mesh_are_refused(names, message):
 
 
 @pytest.mark.parametrize(
-    "specs, message",
+    ("specs", "message"),
     [
         (
             (P(None, "model"), P()),
@@ -354,8 +356,10 @@ def test_what_is_compared_with_classes_is_split_like_them():
 
 @kinds
 def test_half_precision_is_added_up_in_the_dtype_of_the_argument(kind):
-    """Of four shards of the classes, each rounds its part of hidden's gradient once; none does
-    where hidden states are given in float32."""
+    """Each of four shards of the classes rounds its part of hidden's gradient once.
+
+    None does where hidden states are given in float32.
+    """
     mesh = make_mesh(kind, data=2, model=4)
     tree = given("linear")
     low = {name: x.astype(jnp.bfloat16) if name != "y_b" else x for name, x in tree.items()}
@@ -373,7 +377,8 @@ def test_half_precision_is_added_up_in_the_dtype_of_the_argument(kind):
     with jax.set_mesh(mesh):
         split = jit(functools.partial(gradient, **TOLD[kind].head))
         of_low, of_high = (split(lay_out(mesh, x, specs(x))) for x in (low, high))
-    assert of_low.dtype == jnp.bfloat16 and of_high.dtype == jnp.float32
+    assert of_low.dtype == jnp.bfloat16
+    assert of_high.dtype == jnp.float32
     assert np.abs(np.asarray(of_low, np.float64) - exact).max() <= 4 * ulp
     assert np.abs(np.asarray(of_high, np.float64) - exact).max() <= 64 * tiny
 
@@ -391,8 +396,10 @@ def problem(parts=4, tokens=8, width=16, classes=48):
 @kinds
 @pytest.mark.parametrize("split", [None, "data"])
 def test_mapped_names_are_heard_beside_a_mesh(split, kind):
-    """Examples over `vmap`, and the tokens of each over the mesh or not. (`jit` of a psum over
-    `vmap` on an explicit mesh is an error in jax 0.12.0, also without jaxent.)"""
+    """Examples are split over `vmap`, and the tokens of each over the mesh or not.
+
+    `jit` of a psum over `vmap` on an explicit mesh is an error in jax 0.12.0, also without jaxent.
+    """
     hidden, kernel, targets = problem()
     names = ("b", "data") if split and kind == "auto" else "b"
 

@@ -236,7 +236,8 @@ def test_parameters_of_a_head_are_copies(torch, linear):
         for tensor in (module.linear.weight, module.linear.bias, module.weight):
             tensor.fill_(7.0)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(head), before)
-    assert np.any(head.kernel[...] != 7) and np.all(head.criterion.weight == 1)
+    assert np.any(head.kernel[...] != 7)
+    assert np.all(head.criterion.weight == 1)
 
 
 def test_chunking_options_of_a_head_are_left_behind(torch, linear):
@@ -249,14 +250,15 @@ def test_chunking_options_of_a_head_are_left_behind(torch, linear):
 def test_head_of_several_codebooks_is_refused_in_a_message_that_says_what_to_call(
     linear, out_features
 ):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="out_features") as caught:
         porting.from_torch(linear(5, 10, out_features=out_features))
     message = str(caught.value)
     assert message.startswith(f"module has out_features={out_features}")
     assert "one jaxent.linear_cross_entropy under jax.vmap" in message
     section = message.split('"')[1]
     page = pathlib.Path(__file__).parent.parent / "docs" / "porting.md"
-    assert "docs/porting.md" in message and f"\n### {section}\n" in page.read_text()
+    assert "docs/porting.md" in message
+    assert f"\n### {section}\n" in page.read_text()
 
 
 def test_subclass_of_the_linear_module_is_taken_unless_it_has_a_forward(linear):

@@ -266,7 +266,7 @@ def test_the_batch_is_what_these_tests_need():
 
 
 @pytest.mark.parametrize(
-    "way, name",
+    ("way", "name"),
     [(way, name) for way in ("vmap", "shard_map") for name in LOSSES]
     + [(way, name) for way in ("pmap", "shard_map, check_vma=False") for name in FULLEST],
 )
@@ -357,7 +357,8 @@ def test_index_out_of_range_on_one_shard_is_nan_on_all_and_in_its_row_alone(way)
     value, (grads, _) = jit(functools.partial(value_and_grads, f))(sharded, {})
     assert np.isnan(value)
     rows = np.isnan(grads["logits"])
-    assert rows[17].all() and not np.delete(rows, 17, 0).any()
+    assert rows[17].all()
+    assert not np.delete(rows, 17, 0).any()
 
 
 def test_scalar_sample_weight_that_all_shards_have_gets_the_wholes_gradient():
@@ -688,7 +689,8 @@ def test_what_is_not_reduced_is_not_sent(kind):
         compiled = jax.jit(rows).lower(on_mesh).compile()
         actual = compiled(on_mesh)
     assert collectives(compiled) == []
-    assert not actual[0][0].is_fully_replicated and not actual[1][0].is_fully_replicated
+    assert not actual[0][0].is_fully_replicated
+    assert not actual[1][0].is_fully_replicated
     assert_equal(actual, jit(rows)(given))
 
 

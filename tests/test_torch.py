@@ -1,7 +1,7 @@
-"""PyTorch parity: values and gradients of F.cross_entropy, F.nll_loss and
-F.linear_cross_entropy, then each difference.
+"""PyTorch parity: values and gradients of its functions, then each difference.
 
-Where the two differ by design, a test shows both sides.
+The functions are F.cross_entropy, F.nll_loss and F.linear_cross_entropy. Where the two differ by
+design, a test shows both sides.
 """
 
 import functools
@@ -78,7 +78,8 @@ def check_parity(name, floats, others, cotangent, ignore_index=-100):
     scale = max(1.0, np.abs(logits).max())
     for reduction, (loss, gradients) in results.items():
         expected_loss, expected = theirs(name, floats, others, cotangent, ignore_index, reduction)
-        assert np.all(np.isfinite(expected_loss)) and np.any(expected_loss != 0)
+        assert np.all(np.isfinite(expected_loss))
+        assert np.any(expected_loss != 0)
         assert gradients.keys() == expected.keys()
         gradients, expected = {"loss": loss, **gradients}, {"loss": expected_loss, **expected}
         for key, value in gradients.items():
@@ -105,8 +106,10 @@ def draw(shape, dtype, seed):
 
 
 def draw_indices(random, rows, num_classes, ignored):
-    """Class indices: the first is counted and of positive weight; of several, the last is
-    ignored, and some between."""
+    """Return class indices.
+
+    The first is counted and of positive weight; of several, the last is ignored, and some between.
+    """
     targets = np.asarray(random.integers(0, num_classes, rows))
     targets = np.where(random.uniform(size=rows) < 0.2, ignored, targets)
     if targets.size > 1:
@@ -255,7 +258,8 @@ def check_head_parity(results, floats, others, cotangent, ignore_index=None, opt
         expected_loss, expected = theirs_linear(
             floats, others, cotangent, ignore_index, reduction, option
         )
-        assert np.all(np.isfinite(expected_loss)) and np.any(expected_loss != 0)
+        assert np.all(np.isfinite(expected_loss))
+        assert np.any(expected_loss != 0)
         assert gradients.keys() == expected.keys()
         for key, value in {"loss": loss, **gradients}.items():
             np.testing.assert_allclose(
@@ -358,8 +362,10 @@ def test_wide_linear_cross_entropy_whose_gradients_are_made_forward_is_pytorchs(
 
 
 def over_codebooks(loss, num_axes, out_axes=0):
-    """`loss(kernel, bias, targets)` for each of d1..dK in (C, d1..dK, D), (C, d1..dK) and
-    (N, d1..dK)."""
+    """Return `loss(kernel, bias, targets)` for each of d1..dK.
+
+    The arrays are (C, d1..dK, D), (C, d1..dK) and (N, d1..dK).
+    """
     for _ in range(num_axes):
         loss = jax.vmap(loss, (1, 1, 1), out_axes)
     return loss
@@ -543,13 +549,15 @@ def test_target_out_of_range_is_nan_in_its_row_where_pytorch_raises(name, bad):
     with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
         getattr(F, name)(torch.tensor(logits), torch.tensor(targets))
     results = ours(name, {"input": logits}, {"target": targets}, cotangent, -100)
-    assert np.isnan(results["mean"][0]) and np.isnan(results["sum"][0])
+    assert np.isnan(results["mean"][0])
+    assert np.isnan(results["sum"][0])
     loss, gradients = results["none"]
     good = np.array([True, False, True, True])
     expected, theirs_ = theirs(
         name, {"input": logits[good]}, {"target": targets[good]}, cotangent[good], -100, "none"
     )
-    assert np.isnan(loss[1]) and np.all(np.isnan(gradients["input"][1]))
+    assert np.isnan(loss[1])
+    assert np.all(np.isnan(gradients["input"][1]))
     np.testing.assert_allclose(loss[good], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(gradients["input"][good], theirs_["input"], rtol=1e-5, atol=1e-6)
 

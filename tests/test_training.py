@@ -81,7 +81,8 @@ def reference():
 def assert_learned(losses):
     chex.assert_tree_all_finite(losses)
     assert len(losses) == STEPS
-    assert losses[0] > 1.0 and losses[-1] < 0.1 * losses[0]
+    assert losses[0] > 1.0
+    assert losses[-1] < 0.1 * losses[0]
 
 
 def assert_as_by_hand(losses, params):

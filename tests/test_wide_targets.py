@@ -61,14 +61,16 @@ def test_a_wide_integer_is_out_of_range(function, wide):
 def test_a_wide_unsigned_integer_is_out_of_range(function, wide):
     for targets in (np.array([wide, 1], "uint64"), [wide, 1], [wide, -100]):
         losses = np.asarray(FUNCTIONS[function](targets))
-        assert np.isnan(losses[0]) and np.isfinite(losses[1])
+        assert np.isnan(losses[0])
+        assert np.isfinite(losses[1])
 
 
 @functions
 @pytest.mark.parametrize("wide", [2**64, -(2**63) - 1, 2**100, -(2**100)])
 def test_an_integer_wider_than_any_dtype_is_out_of_range(function, wide):
     losses = np.asarray(FUNCTIONS[function]([wide, 1]))
-    assert np.isnan(losses[0]) and np.isfinite(losses[1])
+    assert np.isnan(losses[0])
+    assert np.isfinite(losses[1])
 
 
 @functions
@@ -108,7 +110,9 @@ def test_total_weight_counts_what_is_not_ignored(module):
 def test_targets_of_a_constant_in_compiled_code_are_judged_too():
     wide = np.array([2**32 + 1, 1])
     loss, gradient = jax.jit(jax.value_and_grad(lambda x: jaxent.cross_entropy(x, wide)))(LOGITS)
-    assert np.isnan(loss) and np.all(np.isnan(gradient[0])) and np.all(np.isfinite(gradient[1]))
+    assert np.isnan(loss)
+    assert np.all(np.isnan(gradient[0]))
+    assert np.all(np.isfinite(gradient[1]))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "uint8", "uint32"])
@@ -125,7 +129,8 @@ def test_an_ignore_index_that_no_target_can_be_is_an_error(dtype):
 @functions
 def test_a_negative_ignore_index_is_no_unsigned_target(function):
     losses = FUNCTIONS[function](np.array([0, 156], "uint8"), ignore_index=-100)
-    assert np.isfinite(losses[0]) and np.isnan(losses[1])
+    assert np.isfinite(losses[0])
+    assert np.isnan(losses[1])
 
 
 class OtherArray:
@@ -148,7 +153,8 @@ def test_targets_of_other_libraries_and_byte_orders_are_judged_too(function):
     one_by_one = [np.array(2**32 + 1), np.array(1)]
     for wide in (OtherArray([2**32 + 1, 1]), np.array([2**32 + 1, 1], ">i8"), one_by_one):
         losses = np.asarray(f(wide))
-        assert np.isnan(losses[0]) and losses[1] == expected[1]
+        assert np.isnan(losses[0])
+        assert losses[1] == expected[1]
         with pytest.raises(ValueError, match=rf"targets\[0\] is {2**32 + 1}"):
             jaxent.check_targets(wide, 3)
 

@@ -103,7 +103,8 @@ def refused(argument, function, *args, **keywords):
         frames = traceback.extract_tb(error.__traceback__)
         assert frames[-1].filename.startswith(HOME), f"{frames[-1]}: {message}"
         assert argument in message or (argument == "num_classes" and "targets[" in message), message
-        assert len(message) < 400 and message.count("\n") == 0, message
+        assert len(message) < 400, message
+        assert message.count("\n") == 0, message
         return True
     return False
 

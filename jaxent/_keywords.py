@@ -1,0 +1,49 @@
+"""The keywords of the losses as types, for calls that pass them on to a function."""
+
+from typing import TypedDict
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from ._arguments import ArrayOrList, Reduction
+from ._axes import AxisName
+
+
+class _OfAll(TypedDict, total=False):
+    weight: ArrayOrList | None
+    ignore_index: int | None
+    reduction: Reduction
+    sample_weight: ArrayOrList | None
+    axis_name: AxisName
+    class_axis_name: AxisName
+
+
+class _OfLogits(_OfAll, total=False):
+    label_smoothing: ArrayLike
+    class_mask: ArrayOrList | None
+    z_loss: ArrayLike
+    logit_scale: ArrayLike
+    softcap: float | None
+
+
+class NLLKeywords(_OfAll, total=False):
+    """The keywords of `jaxent.nll`."""
+
+    axis: int | None
+
+
+class CrossEntropyKeywords(_OfLogits, total=False):
+    """The keywords of `jaxent.cross_entropy`."""
+
+    axis: int | None
+
+
+class LinearCrossEntropyKeywords(_OfLogits, total=False):
+    """The keywords of `jaxent.linear_cross_entropy`."""
+
+    bias: ArrayOrList | None
+    class_axis: int
+    dtype: DTypeLike | None
+    precision: jax.lax.PrecisionLike
+    chunk_size: int | None
+    width_axis_name: AxisName

@@ -1,0 +1,45 @@
+"""An outside project that uses every public name. Type checkers read it; it is not run.
+
+Its arrays are arguments, since functions of JAX that make some are not fully typed.
+"""
+
+import jax
+from flax import nnx
+from jax import Array
+
+import jaxent
+from jaxent.porting import from_torch, legacy_reduction
+
+
+def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
+    jaxent.check_targets(labels, 10)
+    stats: jaxent.TokenStats = jaxent.token_stats(logits, labels)
+    log_probs: Array = jaxent.log_softmax(logits, class_axis_name=("x", "y"))
+    return [
+        jaxent.cross_entropy(logits, [1, 2, 3, 4], reduction="none", weight=[1.0] * 10),
+        jaxent.nll(log_probs, labels, reduction="sum", ignore_index=None),
+        jaxent.linear_cross_entropy(logits, kernel, labels, precision="highest"),
+        jaxent.total_weight(labels, sample_weight=labels != 0),
+        jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
+        # Until it is rewritten:
+        jaxent.reference.cross_entropy(logits, labels),  # pyright: ignore[reportUnknownMemberType]
+        stats.log_prob,
+    ]
+
+
+def objects(logits: Array, labels: Array, kernel: Array, rngs: nnx.Rngs) -> list[Array]:
+    reduction = legacy_reduction(size_average=False)
+    loss = jaxent.CrossEntropyLoss(label_smoothing=0.1, reduction=reduction)
+    nll = jaxent.NLLLoss(ignore_index=0, axis_name="data")
+    streamed = jaxent.LinearCrossEntropyLoss(dtype="bfloat16", precision=jax.lax.Precision.HIGH)
+    head = jaxent.LinearHead(10, 7, use_bias=False, criterion=streamed, rngs=rngs)
+    return [
+        loss(logits, labels, sample_weight=labels > 0, reduction="none"),
+        nll(logits, labels, weight=None),
+        streamed(logits, kernel, labels, bias=kernel[0], z_loss=1e-4),
+        head.loss(logits, labels, chunk_size=1024) + head(logits).sum(),
+    ]
+
+
+def ported(module: object) -> jaxent.CrossEntropyLoss | jaxent.NLLLoss | jaxent.LinearHead:
+    return from_torch(module) if module else jaxent.porting.from_torch(module)
