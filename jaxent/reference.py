@@ -255,7 +255,7 @@ def _token_stats(x, e, logit_scale, softcap):
     prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1, keepdims=True)
     is_target = jnp.take_along_axis(e.target, prediction, -1) > 0
     return TokenStats(
-        log_prob=jnp.where(counted, e.nan * jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
+        log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
         log_normalizer=jnp.where(counted, lse, 0),
         entropy=jnp.where(counted, -jnp.sum(_safe_multiply(p, log_p), -1), 0),
         prediction=prediction[..., 0].astype(jnp.int32),
@@ -323,7 +323,7 @@ def _unless_lost(terms, lost, e):
 def _reduce(reduction, e, loss, z=0, squared=0):
     """Return s * (loss + z * lse^2) of the examples, or sum or mean, each term's by its weights."""
     s = e.sample_weight
-    loss, z_term = s * e.nan * loss, _safe_multiply(z, s * e.nan * squared)
+    loss, z_term = s * loss, _safe_multiply(z, s * e.nan * squared)
     if reduction == "none":
         return loss + z_term
     loss, z_term = jnp.sum(loss), jnp.sum(z_term)
@@ -361,7 +361,7 @@ class _Examples(NamedTuple):
     """What is said beside the logits: arrays (..., C), the classes last, and (...)."""
 
     class_mask: Array  # (..., C); all of them in a row that has none
-    target: Array  # (..., C), t: the probabilities, or one-hot
+    target: Array  # (..., C), t: the probabilities, or one-hot, or NaN for one out of range
     weight: Array  # (..., C), w: of the classes
     sample_weight: Array  # (...), s: 0 for what is not counted
     target_weight: Array  # (...), s * w_y, or s: what the mean divides by
@@ -386,8 +386,8 @@ def _examples(x, axis, targets, ignored, weight, sample_weight, class_mask, name
     s = jnp.where(is_ignored | outside & (s == 0), 0, s)
     t = jax.nn.one_hot(index, num_classes, dtype=dtype)
     w_y = jnp.where(outside, 1, jnp.sum(_weighted(t, w, s), -1))
-    nan = 1 + _nan_where(outside & (s != 0), dtype)
-    return _Examples(mask, t, w, s, s * w_y, nan)
+    nan = _nan_where(outside & (s != 0), dtype)
+    return _Examples(mask, t + nan[..., None], w, s, s * w_y, 1 + nan)
 
 
 def _index(targets, ignored, num_classes):
