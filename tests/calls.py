@@ -176,6 +176,8 @@ def extreme_calls(draw, options=(), extremes=EXTREMES, **keywords):
     if "scalars of 0" in extremes:
         scalars = {"label_smoothing", "z_loss"} & call.floats.keys() - changes.keys()
         changes |= {name: np.zeros_like(call.floats[name]) for name in scalars}
+    if "NaN" in extremes:
+        logits[random.uniform(size=logits.shape) < 0.1] = np.nan
     if "excluded" in extremes:
         logits[~exists] = np.nan
     if "uncounted" in extremes:

@@ -63,6 +63,18 @@ def test_cross_entropy_equals_its_reference_at_extremes(call):
     assert_same(actual, expected, ULPS)
 
 
+@pytest.mark.usefixtures("sums")
+@law
+@given(extreme_calls(EVERY_OPTION, ["NaN"]))
+def test_nan_that_counts_shows_where_its_reference_has_it(call):
+    """Beside the loss in its row's gradient; what examples share may be NaN in part."""
+    (loss, gradients), (expected, expected_gradients) = (
+        evaluate(m.cross_entropy, call) for m in (jaxent, reference)
+    )
+    assert_close(loss, expected, ULPS)
+    assert_close(gradients["logits"], expected_gradients["logits"], ULPS)
+
+
 @examples(15)
 @given(extreme_calls(NLL_OPTIONS))
 def test_nll_equals_its_reference_at_extremes(call):
