@@ -154,7 +154,8 @@ def set_sums(
 
     `form` says how a CPU sums up the exponentials.
     """
-    apart, target = index
+    apart: Any = index[0]
+    target: Any = index[1]
     left: Any = None
     others: Any = None
     centred: Any = None

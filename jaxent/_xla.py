@@ -537,7 +537,7 @@ def computed_again(axis: int, x: Array, has_mass: bool, is_transformed: bool) ->
     return _by_platform(on_cpu, others, x)
 
 
-def _same(x: R) -> R:
+def _same(x: Any) -> Any:
     return x
 
 

@@ -1,14 +1,16 @@
 """The formulas, plain: what every other function of jaxent must equal.
 
 Written in `jax.numpy` to be read, and differentiated by JAX in any mode: `jax.jvp` and
-`jax.jacfwd` work here, which `jax.custom_vjp` refuses. They cost a few arrays of the
-logits' size. Arguments, results and errors are those of the functions of the same name
-in `jaxent`.
+`jax.jacfwd` work here, which `jax.custom_vjp` refuses. They cost a few arrays of the logits'
+size. Arguments, results and errors are those of the functions of the same name in `jaxent`,
+except that arrays are whole: the name of a mapped axis is refused.
 
 ```python
 jax.jacfwd(jaxent.reference.cross_entropy)(logits, labels)
 ```
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,31 +38,24 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
-from ._axes import first_class, num_shards, psum, read_axis_names
+from ._axes import read_axis_names
 from ._calls import public
 from .stats import WANTED, TokenStats
 
 
 @public
 def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Array:
-    """x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
-    part = logits = jnp.asarray(read_logits(logits, "logits"))
-    axis = read_axis(axis, logits.ndim, "logits")
-    exists = _class_mask(class_mask, logits, axis, "logits")
-    (classes,) = read_axis_names(logits, class_axis_name=class_axis_name)
-    if not logits.size:
-        return logits
-    logits, exists = _whole(classes, axis, logits, exists)
-    x = logits.astype(_wide(logits.dtype))
-    if exists is not None:
-        x = jnp.where(exists, x, -jnp.inf)
-    log_probs = _log_probs(x, axis)[0]
-    if exists is not None:
-        log_probs = jnp.where(exists, log_probs, -jnp.inf)
-    if classes:
-        size = part.shape[axis]
-        log_probs = jax.lax.dynamic_slice_in_dim(log_probs, first_class(size, classes), size, axis)
-    return log_probs.astype(logits.dtype)
+    """Return x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
+    x = jnp.asarray(read_logits(logits, "logits"))
+    axis = read_axis(axis, x.ndim, "logits")
+    mask = _class_mask(class_mask, x.shape, axis, "logits")
+    _check_whole(x, class_axis_name=class_axis_name)
+    if not x.size:
+        return x
+    masked = jnp.where(jnp.any(mask, -1, keepdims=True), -jnp.inf, 0).astype(_wide(x.dtype))
+    z = jnp.where(mask, jnp.moveaxis(x, axis, -1).astype(masked.dtype), masked)
+    log_p = jnp.where(mask, _log_softmax(z)[0], -jnp.inf)
+    return jnp.moveaxis(log_p, -1, axis).astype(x.dtype)
 
 
 @public
@@ -76,26 +71,20 @@ def nll(
     axis_name=None,
     class_axis_name=None,
 ) -> Array:
-    """-sum_c w_c t_c log p_c, t one-hot for class indices, reduced."""
-    x, _, t, s, w, mean_weight, poison, examples = _read(
-        "log_probs",
-        log_probs,
-        targets,
-        weight,
-        ignore_index,
-        axis,
-        sample_weight,
-        axis_name=axis_name,
-        class_axis_name=class_axis_name,
-    )
+    """Return -sum_c w_c t_c log p_c, reduced; t is one-hot for class indices."""
+    check_reduction(reduction)
+    log_p, axis, targets, ignored = _read(log_probs, targets, ignore_index, axis, "log_probs")
+    _check_whole(log_p, axis_name=axis_name, class_axis_name=class_axis_name)
+    e = _examples(log_p, axis, targets, ignored, weight, sample_weight, None, "log_probs")
+    log_p = jnp.moveaxis(log_p, axis, -1).astype(e.weight.dtype)
+    if not is_float(targets):
+        log_p = jnp.where(e.target == 0, 0, log_p)  # an index reads its own class alone
 
-    own = not is_float(read_targets(targets, ignore_index)[0])  # an index reads its class alone
+    def terms(lost):
+        return _cross(e, e.target, jnp.where(lost[..., None], 0, log_p)), 0
 
-    def per_example(x, _):
-        return -jnp.sum(_times(_weighted(t, w, s), jnp.where((t == 0) & own, 0, x)), -1), 0
-
-    loss, _ = _hide_uncounted(per_example, x, jnp.ones(x.shape, bool), s)
-    return _reduce(loss * poison, 0, None, s, mean_weight, reduction, examples)
+    loss, _ = _unless_lost(terms, jnp.zeros(e.sample_weight.shape, bool), e)
+    return _reduce(reduction, e, loss)
 
 
 @public
@@ -116,37 +105,12 @@ def cross_entropy(
     axis_name=None,
     class_axis_name=None,
 ) -> Array:
-    """-sum_c w_c q_c log p_c + z * lse^2, q = (1 - eps) * t + eps / C, reduced."""
-    x, exists, t, s, w, mean_weight, poison, examples = _read(
-        "logits",
-        logits,
-        targets,
-        weight,
-        ignore_index,
-        axis,
-        sample_weight,
-        class_mask,
-        axis_name,
-        class_axis_name,
-    )
-    transform = _transform(logit_scale, softcap)
-    eps = _number(read_label_smoothing(label_smoothing), x.dtype)
-    if eps is not None:
-        eps += _nan_where(~((eps >= 0) & (eps <= 1)), x.dtype)
-    z = _number(read_z_loss(z_loss), x.dtype)
-    count = jnp.maximum(jnp.sum(exists, -1, keepdims=True), 1)
-    uniform = exists.astype(x.dtype) / count.astype(x.dtype)
-    q = t if eps is None else (1 - eps) * t + eps * uniform
-
-    def per_example(x, exists):
-        x = transform(x)
-        # A row without classes is not counted: let it be finite.
-        empty = ~jnp.any(exists, -1, keepdims=True)
-        log_p, lse = _log_probs(jnp.where(exists | empty, x, -jnp.inf), -1)
-        return -jnp.sum(_times(_weighted(q, w, s), log_p), -1), lse if z is None else lse**2
-
-    loss, squared = _hide_uncounted(per_example, jnp.where(exists, x, 0), exists, s)
-    return _reduce(loss * poison, squared * poison, z, s, mean_weight, reduction, examples)
+    """Return -sum_c w_c q_c log p_c + z * lse^2, reduced; q = (1 - eps) * t + eps / C."""
+    x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits")
+    _check_whole(x, axis_name=axis_name, class_axis_name=class_axis_name)
+    e = _examples(x, axis, targets, ignored, weight, sample_weight, class_mask, "logits")
+    x = jnp.moveaxis(x, axis, -1)
+    return _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
 
 
 @public
@@ -173,36 +137,13 @@ def linear_cross_entropy(
     class_axis_name=None,
     width_axis_name=None,
 ) -> Array:
-    """cross_entropy(hidden @ kernel + bias), chunks being none of a formula's business."""
-    logits = _logits(
-        hidden,
-        kernel,
-        bias,
-        class_axis,
-        dtype,
-        precision,
-        targets,
-        ignore_index,
-        sample_weight,
-        width_axis_name,
-        chunk_size,
-    )
-    return cross_entropy(
-        logits,
-        targets,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        axis=-1,
-        sample_weight=sample_weight,
-        class_mask=class_mask,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        axis_name=axis_name,
-        class_axis_name=class_axis_name,
-    )
+    """Return the cross-entropy of hidden @ kernel + bias; chunks are no part of a formula."""
+    names = axis_name, class_axis_name, width_axis_name
+    x, e = _read_head(
+        hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index,
+        weight, sample_weight, class_mask, *names,
+    )  # fmt: skip
+    return _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
 
 
 @public
@@ -217,35 +158,12 @@ def token_stats(
     softcap=None,
     class_axis_name=None,
 ) -> TokenStats:
-    """log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
+    """Return log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
     read_index_targets(targets, ignore_index, WANTED)
-    x, exists, t, s, _, _, poison, _ = _read(
-        "logits",
-        logits,
-        targets,
-        None,
-        ignore_index,
-        axis,
-        None,
-        class_mask,
-        class_axis_name=class_axis_name,
-    )
-    capped = _transform(logit_scale, softcap)
-    counted = (s != 0)[..., None]
-
-    some = exists | ~jnp.any(exists, -1, keepdims=True)
-    prediction = jnp.argmax(jnp.where(some, capped(x), -jnp.inf), -1).astype(jnp.int32)
-    x = capped(jnp.where(exists & counted, x, 0))
-    x = jnp.where(exists | ~counted, x, -jnp.inf)
-    log_p, lse = _log_probs(x, -1)
-    correct = (s != 0) & (jnp.take_along_axis(t, prediction[..., None], -1)[..., 0] > 0)
-    return TokenStats(
-        log_prob=s * poison * jnp.sum(_times(t, log_p), -1),
-        log_normalizer=s * lse,
-        entropy=-s * jnp.sum(_times(jnp.exp(log_p), log_p), -1),
-        prediction=prediction,
-        correct=correct,
-    )
+    x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits")
+    _check_whole(x, class_axis_name=class_axis_name)
+    e = _examples(x, axis, targets, ignored, None, None, class_mask, "logits")
+    return _token_stats(jnp.moveaxis(x, axis, -1), e, logit_scale, softcap)
 
 
 @public
@@ -267,32 +185,14 @@ def linear_token_stats(
     class_axis_name=None,
     width_axis_name=None,
 ) -> TokenStats:
-    """token_stats(hidden @ kernel + bias); over which axes tokens are split is all the same."""
+    """Return the statistics of hidden @ kernel + bias."""
     read_index_targets(targets, ignore_index, WANTED)
-    read_axis_names(axis_name=axis_name)
-    logits = _logits(
-        hidden,
-        kernel,
-        bias,
-        class_axis,
-        dtype,
-        precision,
-        targets,
-        ignore_index,
-        None,
-        width_axis_name,
-        chunk_size,
-    )
-    return token_stats(
-        logits,
-        targets,
-        ignore_index=ignore_index,
-        axis=-1,
-        class_mask=class_mask,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        class_axis_name=class_axis_name,
-    )
+    names = axis_name, class_axis_name, width_axis_name
+    x, e = _read_head(
+        hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index,
+        None, None, class_mask, *names,
+    )  # fmt: skip
+    return _token_stats(x, e, logit_scale, softcap)
 
 
 @public
@@ -305,249 +205,266 @@ def total_weight(
     axis_name=None,
     class_axis_name=None,
 ) -> Array:
-    """sum_i s_i w_{y_i}, over the targets that are not ignored."""
-    targets, ignored = read_index_targets(
-        targets,
-        ignore_index,
+    """Return sum_i s_i w_{y_i}, over the targets that are not ignored."""
+    wanted = (
         "total_weight counts class indices; for class probabilities the mean divides by the sum "
-        "of sample weights",
+        "of sample weights"
     )
-    w = read_weight(weight, None)
-    s = read_sample_weight(sample_weight, targets.shape)
-    examples, classes = read_axis_names(
-        targets, axis_name=axis_name, class_axis_name=class_axis_name
-    )
+    targets, ignored = read_index_targets(targets, ignore_index, wanted)
+    w, s = read_weight(weight, None), read_sample_weight(sample_weight, targets.shape)
+    _check_whole(targets, axis_name=axis_name, class_axis_name=class_axis_name)
     dtype = _wide(*(a.dtype for a in (w, s) if a is not None))
-    s = _spread(s, targets.shape, dtype)
-    (w,) = _whole(classes, 0, None if w is None else jnp.asarray(w, dtype))
-    is_ignored = _is_ignored(targets, ignored)
+    s = _broadcast(s, targets.shape, dtype)
+    index, is_ignored = _index(targets, ignored, None if w is None else w.size)
     if w is not None:
-        index = _index(targets, w.size)
-        s *= _blank_uncounted(s, jnp.where(index < 0, 1, w[index]))
-    return psum(jnp.sum(jnp.where(is_ignored, 0, s)), examples)
+        w_y = jnp.where(index < 0, 1, jnp.asarray(w, dtype)[index])
+        s *= _blank_uncounted(s, w_y)
+    return jnp.sum(jnp.where(is_ignored, 0, s))
 
 
-def _logits(
-    hidden,
-    kernel,
-    bias,
-    class_axis,
-    dtype,
-    precision,
-    targets,
-    ignore_index,
-    sample_weight,
-    width_axis_name,
-    chunk_size,
-):
-    """hidden @ kernel + bias, in float32 or float64; 0 for a token neither counted nor finite."""
-    hidden, kernel = (
-        jnp.asarray(read_array(name, x)) for name, x in (("hidden", hidden), ("kernel", kernel))
+# ---- The formulas, of logits with the classes last -------------------------------------------
+
+
+def _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap):
+    """Return the loss of logits and examples."""
+    check_reduction(reduction)
+    eps, z = read_label_smoothing(label_smoothing), read_z_loss(z_loss)
+    logits = _logits(x, e.class_mask, logit_scale, softcap)
+    q = e.target
+    if eps is not None:
+        eps = jnp.asarray(eps, q.dtype)
+        eps += _nan_where(~((eps >= 0) & (eps <= 1)), q.dtype)
+        exists = e.class_mask.astype(q.dtype)
+        q = (1 - eps) * q + eps * exists / jnp.sum(exists, -1, keepdims=True)
+
+    def terms(lost):
+        log_p, lse = _log_softmax(logits(lost))
+        return _cross(e, q, log_p), 0 if z is None else lse**2
+
+    s = e.sample_weight
+    largest = jnp.max(jax.lax.stop_gradient(logits(jnp.zeros(s.shape, bool))), -1)
+    loss, squared = _unless_lost(terms, (s == 0) & ~jnp.isfinite(largest), e)
+    return _reduce(reduction, e, loss, 0 if z is None else jnp.asarray(z, q.dtype), squared)
+
+
+def _token_stats(x, e, logit_scale, softcap):
+    """Return the statistics of logits and examples."""
+    logits, counted = _logits(x, e.class_mask, logit_scale, softcap), e.sample_weight != 0
+    log_p, lse = _log_softmax(logits(~counted))
+    p = jnp.exp(log_p)
+    prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1, keepdims=True)
+    is_target = jnp.take_along_axis(e.target, prediction, -1) > 0
+    return TokenStats(
+        log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
+        log_normalizer=jnp.where(counted, lse, 0),
+        entropy=jnp.where(counted, -jnp.sum(_safe_multiply(p, log_p), -1), 0),
+        prediction=prediction[..., 0].astype(jnp.int32),
+        correct=counted & is_target[..., 0],
     )
-    (width,) = read_axis_names(hidden, kernel, width_axis_name=width_axis_name)
-    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(
-        hidden, kernel, class_axis, dtype, num_shards(width)
-    )
-    num_classes = kernel.shape[class_axis]
-    targets, ignored = read_targets(targets, ignore_index)
-    check_head_targets(targets, hidden, num_classes)
-    wide = _wide(dtype)
-    bias = read_bias(bias, num_classes)
-    s = read_sample_weight(sample_weight, hidden.shape[:-1])
-    read_chunk_size(chunk_size)
-    precision = read_precision(precision, dtype)
-    (kernel,) = _whole(width, 1 - class_axis, kernel)
-    counted = _spread(s, hidden.shape[:-1], wide) != 0
-    if not is_float(targets):
-        counted &= ~_is_ignored(targets, ignored)
-    finite = jnp.all(jnp.isfinite(hidden), -1)
-    hidden = jnp.where((counted | finite)[..., None], hidden, 0)
-    kernel = kernel if class_axis == 1 else kernel.T
-    logits = jnp.matmul(
-        hidden.astype(dtype),
-        kernel.astype(dtype),
-        precision=precision,
-        preferred_element_type=wide,
-    )
-    return logits if bias is None else logits + jnp.asarray(bias, wide)
+
+
+def _logits(x, class_mask, logit_scale, softcap):
+    """Return a function: z = cap * tanh(scale * x / cap), -inf for a class that is masked.
+
+    Its argument says which examples are lost: all of their logits are 0.
+    """
+    scale, cap = read_logit_scale(logit_scale), read_softcap(softcap)
+    wide = _wide(x.dtype)
+
+    def logits(lost):
+        lost = lost[..., None]
+        z = jnp.where(class_mask & ~lost, x.astype(wide), 0)
+        if scale is not None:
+            by, infinite = jnp.asarray(scale, wide), jnp.isinf(z)
+            # An infinite logit stays one, and the scale has no derivative there.
+            at_infinity = jax.lax.stop_gradient(by) * z
+            z = jnp.where(infinite, at_infinity, by * jnp.where(infinite, 0, z))
+        if cap is not None:
+            z = cap * jnp.tanh(z / cap)
+        return jnp.where(class_mask | lost, z, -jnp.inf)
+
+    return logits
+
+
+def _log_softmax(z):
+    """Return log p_c = z_c - z_b - log(1 + rest), and lse = z_b + log(1 + rest).
+
+    b is the most probable class, rest = sum_{c != b} exp(z_c - z_b). Where p_b is nearly 1, its
+    logarithm, -log(1 + rest), has the digits that 1 + rest loses, and so has its derivative.
+    """
+    classes = jnp.arange(z.shape[-1], dtype=jnp.int32).reshape((1,) * (z.ndim - 1) + (-1,))
+    is_best = classes == jnp.argmax(z, -1, keepdims=True).astype(jnp.int32)
+    z_b = jnp.sum(jnp.where(is_best, z, 0), -1, keepdims=True)
+    # z_b - z_b is the constant 0, or NaN if z_b is not finite.
+    relative = jnp.where(is_best, jax.lax.stop_gradient(z - z_b), z - z_b)
+    rest = jnp.sum(jnp.where(is_best, relative, jnp.exp(relative)), -1, keepdims=True)
+    return relative - jnp.log1p(rest), (z_b + jnp.log1p(rest))[..., 0]
+
+
+def _cross(e, q, log_p):
+    """Return -sum_c w_c q_c log p_c."""
+    return -jnp.sum(_safe_multiply(_weighted(q, e.weight, e.sample_weight), log_p), -1)
 
 
 def _weighted(q, w, s):
-    """q * w; whatever the weight of a class without mass is, or of one that is not counted."""
+    """Return w * q; whatever the weight is of a class without mass, or that is not counted."""
     return q * _blank_uncounted(q * s[..., None], w)
 
 
-# The rules of 0 * inf and of what does not count, again: a fault in what is judged cannot be here.
+def _unless_lost(terms, lost, e):
+    """Return terms(lost), and 0 for an example that is lost: neither counted nor finite.
+
+    Without its logits, so that none of its derivatives is 0 * inf.
+    """
+    lost |= (e.sample_weight == 0) & ~jnp.isfinite(sum(terms(lost)))
+    return [jnp.where(lost, 0, term) for term in terms(lost)]
 
 
-def _times(factor, value):
-    """factor * value, 0 * inf being 0."""
-    return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
-
-
-def _blank_uncounted(weight, value):
-    """The value, 0 where the weight is 0 and it is not finite."""
-    return jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
-
-
-def _nan_where(condition, dtype):
-    """NaN where the condition holds, else 0, without a literal NaN for `jax_debug_nans` to find."""
-    return jnp.sqrt(jnp.where(condition, -1.0, 0.0)).astype(dtype)
-
-
-def _last(values, ndim):
-    """(C,) laid along the last of some dimensions."""
-    return jnp.reshape(values, (1,) * (ndim - 1) + (-1,))
-
-
-def _index(targets, num_classes):
-    """Class indices, -1 for those outside [0, C)."""
-    targets = jnp.asarray(targets)
-    if targets.dtype.itemsize < 4:
-        targets = targets.astype(jnp.int32)
-    inside = (targets >= 0) & (targets < num_classes)
-    return jnp.where(inside, targets.astype(jnp.int32), -1)
-
-
-def _is_ignored(targets, ignored):
-    targets = jnp.asarray(targets)
-    return jnp.zeros(targets.shape, bool) if ignored is None else targets == ignored
-
-
-def _wide(*dtypes):
-    """What is computed in: float64 for float64, else float32."""
-    return jnp.dtype("float64" if any(dtype == jnp.float64 for dtype in dtypes) else "float32")
-
-
-def _number(value, dtype):
-    return None if value is None else jnp.asarray(value, dtype)
-
-
-def _spread(sample_weight, shape, dtype):
-    s = jnp.ones((), dtype) if sample_weight is None else jnp.asarray(sample_weight, dtype)
-    return jnp.broadcast_to(s, shape)
-
-
-def _class_mask(class_mask, logits, axis, name):
-    class_mask = read_class_mask(class_mask, logits.shape, axis, name)
-    if class_mask is None:
-        return None
-    if class_mask.ndim == 1:
-        class_mask = jnp.reshape(class_mask, [-1 if i == axis else 1 for i in range(logits.ndim)])
-    return jnp.broadcast_to(class_mask, logits.shape)
-
-
-def _whole(names, axis, *arrays):
-    """All shards' parts of the arrays, put together along an axis."""
-
-    def whole(array):
-        if array is None or not names:
-            return array
-        size = array.shape[axis]
-        shape = [n * num_shards(names) if i == axis else n for i, n in enumerate(array.shape)]
-        part = array.astype(jnp.int32) if array.dtype == bool else array
-        part = jax.lax.dynamic_update_slice_in_dim(
-            jnp.zeros(shape, part.dtype), part, first_class(size, names), axis
-        )
-        return psum(part, names).astype(array.dtype)
-
-    return [whole(array) for array in arrays]
-
-
-def _read(
-    name,
-    logits,
-    targets,
-    weight,
-    ignore_index,
-    axis,
-    sample_weight,
-    class_mask=None,
-    axis_name=None,
-    class_axis_name=None,
-):
-    """Logits, which classes exist and targets as probabilities, classes last; sample weights
-    (0 if not counted), class weights, what `mean` divides by, and NaN for a target out of
-    range, else 1; all of whole rows. Last, the mapped axes of the examples."""
-    logits = jnp.asarray(read_logits(logits, name, targets))
-    targets, ignored = read_targets(targets, ignore_index)
-    targets = jnp.asarray(targets)
-    axis = read_class_axis(axis, logits, targets, name)
-    per_example = logits.shape[:axis] + logits.shape[axis + 1 :]
-    dtype = _wide(logits.dtype)
-    exists = _class_mask(class_mask, logits, axis, name)
-    w = read_weight(weight, logits.shape[axis], per_example)
-    s = _spread(read_sample_weight(sample_weight, per_example), per_example, dtype)
-    examples, classes = read_axis_names(
-        logits, axis_name=axis_name, class_axis_name=class_axis_name
-    )
-    (w,) = _whole(classes, 0, None if w is None else jnp.asarray(w, dtype))
-    logits, exists = _whole(classes, axis, logits, exists)
-    if is_float(targets):
-        (targets,) = _whole(classes, axis, targets)
-    exists = jnp.broadcast_to(True if exists is None else exists, logits.shape)
-    exists = jnp.moveaxis(exists, axis, -1)
-    x = jnp.moveaxis(logits.astype(dtype), axis, -1)
-    num_classes = x.shape[-1]
-    w = _last(jnp.ones(num_classes, x.dtype) if w is None else w, x.ndim)
-    s = jnp.where(jnp.any(exists, -1), s, 0)
-    if is_float(targets):
-        t = _blank_uncounted(s[..., None], jnp.moveaxis(targets.astype(x.dtype), axis, -1))
-        return x, exists, t, s, w, s, jnp.ones_like(s), examples
-    index = _index(targets, num_classes)
-    s = jnp.where(_is_ignored(targets, ignored) | (index < 0) & (s == 0), 0, s)
-    classes = _last(jnp.arange(num_classes), x.ndim)
-    t = (index[..., None] == classes).astype(x.dtype)
-    t = jnp.where((s == 0)[..., None] & ~jnp.isfinite(w), 0, t)
-    target_weight = jnp.where(index < 0, 1, jnp.sum(_weighted(t, w, s), -1))
-    mean_weight = s * _blank_uncounted(s, target_weight)
-    poison = 1 + _nan_where((index < 0) & (s != 0), x.dtype)
-    return x, exists, t, s, w, mean_weight, poison, examples
-
-
-def _transform(logit_scale, softcap):
-    """The logits, scaled and soft-capped."""
-    scale, cap = read_logit_scale(logit_scale), read_softcap(softcap)
-
-    def transform(x):
-        x = x if scale is None else jnp.asarray(scale, x.dtype) * x
-        return x if cap is None else cap * jnp.tanh(x / cap)
-
-    return transform
-
-
-def _log_probs(x, axis):
-    """log softmax and log-normalizer, relative to the row's maximum."""
-    m = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
-    log_sum = jnp.log(jnp.sum(jnp.exp(x - m), axis, keepdims=True))
-    return x - m - log_sum, jnp.squeeze(m + log_sum, axis)
-
-
-def _hide_uncounted(per_example, x, exists, s):
-    """`per_example(x, exists)`, and 0 for an example that is neither counted nor finite."""
-    fixed = jax.lax.stop_gradient(x)
-    lost = (s == 0) & ~jnp.isfinite(jnp.max(fixed, -1))
-    fixed = jnp.where(lost[..., None], 0, fixed)
-    hidden = lost | (s == 0) & ~jnp.isfinite(sum(per_example(fixed, exists)))
-    values = per_example(jnp.where(hidden[..., None], 0, x), exists | hidden[..., None])
-    return [jnp.where(hidden, 0, value) for value in values]
-
-
-def _reduce(loss, squared_normalizer, z, s, mean_weight, reduction, examples):
-    check_reduction(reduction)
-    z_term = jnp.zeros_like(s) if z is None else _times(z, s * squared_normalizer)
+def _reduce(reduction, e, loss, z=0, squared=0):
+    """Return s * (loss + z * lse^2) of the examples, or sum or mean, each term's by its weights."""
+    s = e.sample_weight
+    loss, z_term = s * loss, _safe_multiply(z, s * e.nan * squared)
     if reduction == "none":
-        return s * loss + z_term
-    loss, z_term = _total(s * loss, examples), _total(z_term, examples)
+        return loss + z_term
+    loss, z_term = jnp.sum(loss), jnp.sum(z_term)
     if reduction == "mean":
-        loss /= _or_one(_total(mean_weight, examples))
-        z_term /= _or_one(_total(s, examples))
+        loss, z_term = loss / _or_one(jnp.sum(e.target_weight)), z_term / _or_one(jnp.sum(s))
     return loss + z_term
-
-
-def _total(values, examples):
-    return psum(jnp.sum(values), examples)
 
 
 def _or_one(denominator):
     return jnp.where(denominator == 0, 1, denominator)
+
+
+# ---- The rules of 0 * inf --------------------------------------------------------------------
+
+
+def _safe_multiply(factor, value):
+    """Return factor * value, 0 * inf being 0."""
+    return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
+
+
+def _blank_uncounted(weight, value):
+    """Return the value, 0 where the weight is 0 and it is not finite."""
+    return jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
+
+
+def _nan_where(condition, dtype):
+    """Return NaN or 0, without a literal NaN, which `jax_debug_nans` would find."""
+    return jnp.sqrt(-condition.astype(dtype))
+
+
+# ---- The arguments ---------------------------------------------------------------------------
+
+
+class _Examples(NamedTuple):
+    """What is said beside the logits: arrays (..., C), the classes last, and (...)."""
+
+    class_mask: Array  # (..., C); all of them in a row that has none
+    target: Array  # (..., C), t: the probabilities, or one-hot, or NaN for one out of range
+    weight: Array  # (..., C), w: of the classes
+    sample_weight: Array  # (...), s: 0 for what is not counted
+    target_weight: Array  # (...), s * w_y, or s: what the mean divides by
+    nan: Array  # (...), NaN for an index out of range, else 1
+
+
+def _examples(x, axis, targets, ignored, weight, sample_weight, class_mask, name):
+    """Read what is said beside logits x, of which only shape and dtype are used."""
+    rows, num_classes = x.shape[:axis] + x.shape[axis + 1 :], x.shape[axis]
+    dtype = _wide(x.dtype)
+    w = _broadcast(read_weight(weight, num_classes, rows), (*rows, num_classes), dtype)
+    s = _broadcast(read_sample_weight(sample_weight, rows), rows, dtype)
+    mask = _class_mask(class_mask, x.shape, axis, name)
+    has_class = jnp.any(mask, -1)
+    mask, s = mask | ~has_class[..., None], jnp.where(has_class, s, 0)
+    if is_float(targets):
+        t = jnp.moveaxis(jnp.asarray(targets), axis, -1).astype(dtype)
+        t = _blank_uncounted(s[..., None], t)
+        return _Examples(mask, t, w, s, s, jnp.ones_like(s))
+    index, is_ignored = _index(targets, ignored, num_classes)
+    outside = index < 0
+    s = jnp.where(is_ignored | outside & (s == 0), 0, s)
+    t = jax.nn.one_hot(index, num_classes, dtype=dtype)
+    w_y = jnp.where(outside, 1, jnp.sum(_weighted(t, w, s), -1))
+    nan = _nan_where(outside & (s != 0), dtype)
+    return _Examples(mask, t + nan[..., None], w, s, s * w_y, 1 + nan)
+
+
+def _index(targets, ignored, num_classes):
+    """Return class indices, -1 for those outside [0, C), and which targets are ignored."""
+    y = jnp.asarray(targets)
+    y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y
+    inside = y >= 0 if num_classes is None else (y >= 0) & (y < num_classes)
+    is_ignored = jnp.zeros(y.shape, bool) if ignored is None else y == ignored
+    return jnp.where(inside, y.astype(jnp.int32), -1), is_ignored
+
+
+def _class_mask(class_mask, shape, axis, name):
+    """Return which classes exist, (..., C)."""
+    mask = read_class_mask(class_mask, shape, axis, name)
+    if mask is not None and mask.ndim > 1:
+        return jnp.moveaxis(jnp.broadcast_to(mask, shape), axis, -1)
+    last = shape[:axis] + shape[axis + 1 :] + (shape[axis],)
+    return jnp.broadcast_to(True if mask is None else mask, last)
+
+
+def _read(logits, targets, ignore_index, axis, name):
+    """Return logits, the class axis, targets and the ignored one."""
+    x = jnp.asarray(read_logits(logits, name, targets))
+    targets, ignored = read_targets(targets, ignore_index)
+    return x, read_class_axis(axis, x, targets, name), targets, ignored
+
+
+def _read_head(
+    hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index, weight,
+    sample_weight, class_mask, axis_name, class_axis_name, width_axis_name,
+):  # fmt: skip
+    """Return hidden @ kernel + bias, in float32 or float64, and the examples."""
+    hidden, kernel = (
+        jnp.asarray(read_array(name, x)) for name, x in (("hidden", hidden), ("kernel", kernel))
+    )
+    _check_whole(
+        hidden,
+        kernel,
+        axis_name=axis_name,
+        class_axis_name=class_axis_name,
+        width_axis_name=width_axis_name,
+    )
+    hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype, 1)
+    kernel = kernel if class_axis == 1 else kernel.T
+    num_classes, axis = kernel.shape[1], hidden.ndim - 1
+    targets, ignored = read_targets(targets, ignore_index)
+    check_head_targets(targets, hidden, num_classes)
+    read_chunk_size(chunk_size)
+    bias, precision = read_bias(bias, num_classes), read_precision(precision, dtype)
+    logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), _wide(dtype))
+    e = _examples(logits, axis, targets, ignored, weight, sample_weight, class_mask, "logits")
+    lost = (e.sample_weight == 0) & ~jnp.all(jnp.isfinite(hidden), -1)
+    x = jnp.matmul(
+        jnp.where(lost[..., None], 0, hidden).astype(dtype),
+        kernel.astype(dtype),
+        precision=precision,
+        preferred_element_type=logits.dtype,
+    )
+    return x if bias is None else x + _broadcast(bias, x.shape, x.dtype), e
+
+
+def _broadcast(values, shape, dtype):
+    """Return values of this shape, 1 for None."""
+    return jnp.broadcast_to(jnp.asarray(1 if values is None else values, dtype), shape)
+
+
+def _wide(*dtypes):
+    """Return what is computed in: float64 for float64, else float32."""
+    return jnp.dtype("float64" if any(dtype == jnp.float64 for dtype in dtypes) else "float32")
+
+
+def _check_whole(*arrays, **names):
+    """Refuse the names of mapped axes. Those of a mesh, under `jit`, are of whole arrays."""
+    for argument, mapped in zip(names, read_axis_names(*arrays, **names)):
+        if mapped:
+            raise ValueError(
+                f"{argument}={names[argument]!r}: jaxent.reference computes whole arrays, and "
+                f"{mapped[0]!r} is a mapped axis; gather the shards first, as "
+                "jax.lax.all_gather does"
+            )

@@ -138,6 +138,58 @@ def calls(draw, options=(), shapes=None, dtypes=DTYPES, targets=("indices", "pro
     return Call(axis, floats, others, random.normal(size=rows).astype(_wide(dtype)))
 
 
+EXTREMES = ("uncounted", "excluded", "minus infinity", "out of range", "weight", "scalars of 0")
+
+
+@st.composite
+def extreme_calls(draw, options=(), extremes=EXTREMES, **keywords):
+    """A call with what is infinite, NaN or out of range: where it counts, and where it does not."""
+    call = draw(calls(options, **keywords))
+    extremes = draw(st.sets(st.sampled_from(extremes), min_size=1))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    axis, num_classes = call.axis, call.shape[call.axis]
+    logits = np.moveaxis(call.floats["logits"], axis, -1).copy()
+    exists, targets = np.ones(logits.shape, bool), np.array(call.targets)
+    if (mask := call.get("class_mask")) is not None:
+        exists = np.moveaxis(full_mask(mask, call.shape, axis), axis, -1)
+    counted = exists.any(-1) & (call.get("sample_weight", np.ones(())) != 0)
+    changes = {}
+    if "targets" in call.floats:
+        mass = np.moveaxis(targets, axis, -1).copy()
+    else:
+        if "out of range" in extremes:
+            outside = num_classes if targets.dtype == "uint8" else random.choice([num_classes, -7])
+            targets = np.where(random.uniform(size=targets.shape) < 0.2, outside, targets)
+            changes["targets"] = targets.astype(call.targets.dtype)
+        if (ignored := call.get("ignore_index", -100)) is not None:
+            counted &= targets != ignored
+        mass = targets[..., None] == np.arange(num_classes)
+    if "minus infinity" in extremes:
+        hit = random.uniform(size=logits.shape) < 0.2
+        logits[hit & (exists & ~hit).any(-1, keepdims=True)] = -np.inf  # a class stays finite
+    if "weight" in extremes and "weight" in call.floats:
+        # Smoothing gives each class a share of every example, and with it its weight.
+        free = ~mass[counted].any(0)
+        bad = draw(st.sampled_from([np.inf, np.nan]))
+        weight = np.where(free & (random.uniform(size=num_classes) < 0.7), bad, call.get("weight"))
+        changes |= {"weight": weight.astype(call.get("weight").dtype), "label_smoothing": None}
+    if "scalars of 0" in extremes:
+        scalars = {"label_smoothing", "z_loss"} & call.floats.keys() - changes.keys()
+        changes |= {name: np.zeros_like(call.floats[name]) for name in scalars}
+    if "NaN" in extremes:
+        logits[random.uniform(size=logits.shape) < 0.1] = np.nan
+    if "excluded" in extremes:
+        logits[~exists] = np.nan
+    if "uncounted" in extremes:
+        bad = random.choice([np.nan, np.inf, -np.inf, 1e4], logits.shape)
+        spoilt = ~counted[..., None] & (random.uniform(size=logits.shape) < 0.7)
+        logits = np.where(spoilt, bad, logits).astype(call.dtype)
+        if "targets" in call.floats:
+            mass[~counted] = random.choice([np.nan, 0.5])
+            changes["targets"] = np.moveaxis(mass, -1, axis)
+    return call.replace(logits=np.moveaxis(logits, -1, axis), **changes)
+
+
 @dataclasses.dataclass
 class HeadCall(Call):
     """Arguments of a head's loss: hidden and kernel in place of logits."""

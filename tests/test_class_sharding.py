@@ -100,10 +100,21 @@ def test_gradient_inside_other_maps_is_right_after_pmean_and_division(case, way)
     assert_equal(jit(mapped)(given(case)), whole(case))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "linear" not in case])
-def test_reference_over_shards_equals_the_whole(case):
-    mapped = WAYS["shard_map"](call(case, MAPPED, reference))
-    assert_equal(jit(with_gradients(mapped))(given(case)), whole(case))
+@pytest.mark.parametrize("case", CASES)
+def test_reference_refuses_the_names_of_mapped_axes(case):
+    """It computes whole arrays, which is what these tests compare with."""
+    for way in ("shard_map", "vmap"):
+        mapped = WAYS[way](call(case, MAPPED, reference))
+        message = r"axis_name='\w+': jaxent.reference computes whole arrays.* is a mapped axis"
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(mapped, given(case))
+
+
+def test_reference_takes_the_names_of_a_mesh_whose_arrays_are_whole():
+    tree = given("cross_entropy")
+    with jax.set_mesh(mesh()):
+        actual = jit(call("cross_entropy", MAPPED, reference))(tree)
+    assert_equal(actual, whole("cross_entropy")[0])
 
 
 # ---- Values that cannot raise --------------------------------------------------------------

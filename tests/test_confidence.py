@@ -4,8 +4,6 @@ The logits are eighths, so that their differences are exact, and all that is rou
 rounds. What is compared with is made in float64, without a subtraction of what is nearly equal.
 """
 
-import functools
-
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -235,10 +233,29 @@ def test_entropy_of_a_nearly_certain_row_is_exact(head, rows):
     assert np.all(np.abs(gradients - d_entropy) <= 32 * eps("float32") * scale + 1e-37)
 
 
-def test_it_is_what_the_formula_loses():
-    """The reference, which adds the 1 to the rest, has no loss left here, and no gradient."""
+@pytest.mark.parametrize("with_probabilities", [False, True])
+@law
+@given(confident_rows())
+def test_the_reference_is_exact_in_any_mode(with_probabilities, rows):
+    def of_reference(logits, targets):
+        if with_probabilities:
+            targets = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
+        return reference.cross_entropy(logits, targets, axis=-1, reduction="none")
+
+    logits, targets = rows
+    check(of_reference, logits, targets, "float32")
+    _, gradient, *_ = exact(logits, targets)
+    jacobian = jax.jit(jax.jacfwd(of_reference))(logits, targets)
+    rows = np.arange(len(logits))
+    assert_right(jacobian[rows, rows], gradient, "float32")
+
+
+def test_it_is_what_a_sum_of_all_exponentials_loses():
     logits, targets = jnp.array([[20.0, 0]]), jnp.array([0])
-    formula = functools.partial(reference.cross_entropy, reduction="none", axis=-1)
+
+    def formula(logits, targets):
+        return jax.nn.logsumexp(logits, -1) - logits[:, targets[0]]
+
     values, gradients = values_and_gradients(formula, logits, targets)
     assert values[0] == 0
     assert gradients[0, 0] == 0
