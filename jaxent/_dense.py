@@ -174,14 +174,14 @@ def set_sums(
         sums = sums._replace(target=jnp.where(_xla.is_inside(target, axis, x), logit, 0))
     if moment or mass is not None:
         centred = centre(transform, x, shift, class_mask)
-    if moment:
+    if moment and apart is not None:
         mask = _xla.others_mask(apart, x, axis, class_mask)
         exps = exponentials(transform, x, shift, mask)
         sums = sums._replace(moment=_sum(axis, product(exps, centred)))
     if mass is not None:
         q = unless_lost(mass.values(class_mask), centred)
         sums = sums._replace(mass=_sum(axis, q), mass_logit=_sum(axis, product(q, centred)))
-        if _keeps_mass_apart(shift, mass):
+        if _keeps_mass_apart(shift, mass) and apart is not None:
             left_mass = mass.at(apart, axis, class_mask).astype(q.dtype)
             left_mass = jnp.where(_xla.is_inside(apart, axis, x), left_mass, 0)
             sums = sums._replace(
@@ -211,19 +211,24 @@ def _in_one_loop(
     if shift is not None:
         exps = exponentials(transform, x, shift, class_mask)
         exps = exps if taken_out else jnp.where(is_apart, 0, exps)
-    q: Any = None if mass is None else unless_lost(mass.values(class_mask), centred)
-    keeps_apart = _keeps_mass_apart(shift, mass)
+    q: Any = None
+    left_mass: Any = None
+    mass_logit: Any = None
+    if mass is not None:
+        q = unless_lost(mass.values(class_mask), centred)
+        mass_logit = product(q, centred)
+        if _keeps_mass_apart(shift, mass):
+            left_mass = jnp.where(is_apart, q, 0)
+            mass_logit = jnp.where(is_apart, 0, mass_logit)
+            q = jnp.where(is_apart, 0, q)
     terms = RowSums(
         left=None if apart is None else jnp.where(is_apart, centred, 0),
         others=exps,
         moment=product(exps, centred) if moment else None,
         target=None if target is None else jnp.where(_xla.one_hot(target, x, axis), centred, 0),
-        left_mass=jnp.where(is_apart, q, 0) if keeps_apart else None,
-        mass_logit=None if q is None else product(q, centred),
+        left_mass=left_mass,
+        mass_logit=mass_logit,
     )
-    if keeps_apart:
-        terms = terms._replace(mass_logit=jnp.where(is_apart, 0, terms.mass_logit))
-        q = jnp.where(is_apart, 0, q)
     sums: RowSums = _xla.sum_at_once(axis, terms)
     if apart is not None and shift is not None:
         sums = sums._replace(left=jnp.where(_xla.is_inside(apart, axis, x), sums.left, -jnp.inf))

@@ -10,13 +10,16 @@ jax.jacfwd(jaxent.reference.cross_entropy)(logits, labels)
 ```
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
+    ArrayOrList,
+    Reduction,
     check_head_targets,
     check_reduction,
     is_float,
@@ -38,13 +41,30 @@ from ._arguments import (
     read_weight,
     read_z_loss,
 )
-from ._axes import read_axis_names
+from ._axes import AxisName, read_axis_names
 from ._calls import public
 from .stats import WANTED, TokenStats
 
 
+class _Examples(NamedTuple):
+    """What is said beside the logits: arrays (..., C), the classes last, and (...)."""
+
+    class_mask: Array  # (..., C); all of them in a row that has none
+    target: Array  # (..., C), t: the probabilities, or one-hot, or NaN for one out of range
+    weight: Array  # (..., C), w: of the classes
+    sample_weight: Array  # (...), s: 0 for what is not counted
+    target_weight: Array  # (...), s * w_y, or s: what the mean divides by
+    nan: Array  # (...), NaN for an index out of range, else 1
+
+
 @public
-def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Array:
+def log_softmax(
+    logits: ArrayOrList,
+    axis: int = -1,
+    *,
+    class_mask: ArrayOrList | None = None,
+    class_axis_name: AxisName = None,
+) -> Array:
     """Return x - log(sum(exp(x))), over the classes that exist; -inf for the others."""
     x = jnp.asarray(read_logits(logits, "logits"))
     axis = read_axis(axis, x.ndim, "logits")
@@ -60,16 +80,16 @@ def log_softmax(logits, axis=-1, *, class_mask=None, class_axis_name=None) -> Ar
 
 @public
 def nll(
-    log_probs,
-    targets,
+    log_probs: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    axis=None,
-    sample_weight=None,
-    axis_name=None,
-    class_axis_name=None,
+    weight: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    axis: int | None = None,
+    sample_weight: ArrayOrList | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     """Return -sum_c w_c t_c log p_c, reduced; t is one-hot for class indices."""
     check_reduction(reduction)
@@ -80,7 +100,7 @@ def nll(
     if not is_float(targets):
         log_p = jnp.where(e.target == 0, 0, log_p)  # an index reads its own class alone
 
-    def terms(lost):
+    def terms(lost: Array) -> Any:
         return _cross(e, e.target, jnp.where(lost[..., None], 0, log_p)), 0
 
     loss, _ = _unless_lost(terms, jnp.zeros(e.sample_weight.shape, bool), e)
@@ -89,21 +109,21 @@ def nll(
 
 @public
 def cross_entropy(
-    logits,
-    targets,
+    logits: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    axis=None,
-    sample_weight=None,
-    class_mask=None,
-    z_loss=0.0,
-    logit_scale=1.0,
-    softcap=None,
-    axis_name=None,
-    class_axis_name=None,
+    weight: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: ArrayLike = 0.0,
+    axis: int | None = None,
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
+    z_loss: ArrayLike = 0.0,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     """Return -sum_c w_c q_c log p_c + z * lse^2, reduced; q = (1 - eps) * t + eps / C."""
     x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits")
@@ -115,27 +135,27 @@ def cross_entropy(
 
 @public
 def linear_cross_entropy(
-    hidden,
-    kernel,
-    targets,
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    bias=None,
-    class_axis=-1,
-    dtype=None,
-    precision=None,
-    chunk_size=None,
-    weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    sample_weight=None,
-    class_mask=None,
-    z_loss=0.0,
-    logit_scale=1.0,
-    softcap=None,
-    axis_name=None,
-    class_axis_name=None,
-    width_axis_name=None,
+    bias: ArrayOrList | None = None,
+    class_axis: int = -1,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    weight: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: ArrayLike = 0.0,
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
+    z_loss: ArrayLike = 0.0,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    width_axis_name: AxisName = None,
 ) -> Array:
     """Return the cross-entropy of hidden @ kernel + bias; chunks are no part of a formula."""
     names = axis_name, class_axis_name, width_axis_name
@@ -148,15 +168,15 @@ def linear_cross_entropy(
 
 @public
 def token_stats(
-    logits,
-    targets,
+    logits: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    ignore_index=-100,
-    axis=None,
-    class_mask=None,
-    logit_scale=1.0,
-    softcap=None,
-    class_axis_name=None,
+    ignore_index: int | None = -100,
+    axis: int | None = None,
+    class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    class_axis_name: AxisName = None,
 ) -> TokenStats:
     """Return log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
     read_index_targets(targets, ignore_index, WANTED)
@@ -168,22 +188,22 @@ def token_stats(
 
 @public
 def linear_token_stats(
-    hidden,
-    kernel,
-    targets,
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: ArrayOrList,
     *,
-    bias=None,
-    class_axis=-1,
-    dtype=None,
-    precision=None,
-    chunk_size=None,
-    ignore_index=-100,
-    class_mask=None,
-    logit_scale=1.0,
-    softcap=None,
-    axis_name=None,
-    class_axis_name=None,
-    width_axis_name=None,
+    bias: ArrayOrList | None = None,
+    class_axis: int = -1,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    ignore_index: int | None = -100,
+    class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    width_axis_name: AxisName = None,
 ) -> TokenStats:
     """Return the statistics of hidden @ kernel + bias."""
     read_index_targets(targets, ignore_index, WANTED)
@@ -197,25 +217,25 @@ def linear_token_stats(
 
 @public
 def total_weight(
-    targets,
+    targets: ArrayOrList,
     *,
-    weight=None,
-    ignore_index=-100,
-    sample_weight=None,
-    axis_name=None,
-    class_axis_name=None,
+    weight: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    sample_weight: ArrayOrList | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Array:
     """Return sum_i s_i w_{y_i}, over the targets that are not ignored."""
     wanted = (
         "total_weight counts class indices; for class probabilities the mean divides by the sum "
         "of sample weights"
     )
-    targets, ignored = read_index_targets(targets, ignore_index, wanted)
-    w, s = read_weight(weight, None), read_sample_weight(sample_weight, targets.shape)
-    _check_whole(targets, axis_name=axis_name, class_axis_name=class_axis_name)
+    y, ignored = read_index_targets(targets, ignore_index, wanted)
+    w, s = read_weight(weight, None), read_sample_weight(sample_weight, y.shape)
+    _check_whole(y, axis_name=axis_name, class_axis_name=class_axis_name)
     dtype = _wide(*(a.dtype for a in (w, s) if a is not None))
-    s = _broadcast(s, targets.shape, dtype)
-    index, is_ignored = _index(targets, ignored, None if w is None else w.size)
+    s = _broadcast(s, y.shape, dtype)
+    index, is_ignored = _index(y, ignored, None if w is None else w.size)
     if w is not None:
         w_y = jnp.where(index < 0, 1, jnp.asarray(w, dtype)[index])
         s *= _blank_uncounted(s, w_y)
@@ -225,7 +245,15 @@ def total_weight(
 # ---- The formulas, of logits with the classes last -------------------------------------------
 
 
-def _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap):
+def _cross_entropy(
+    x: Array,
+    e: _Examples,
+    reduction: Reduction,
+    label_smoothing: Any,
+    z_loss: Any,
+    logit_scale: Any,
+    softcap: Any,
+) -> Array:
     """Return the loss of logits and examples."""
     check_reduction(reduction)
     eps, z = read_label_smoothing(label_smoothing), read_z_loss(z_loss)
@@ -237,7 +265,7 @@ def _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softca
         exists = e.class_mask.astype(q.dtype)
         q = (1 - eps) * q + eps * exists / jnp.sum(exists, -1, keepdims=True)
 
-    def terms(lost):
+    def terms(lost: Array) -> Any:
         log_p, lse = _log_softmax(logits(lost))
         return _cross(e, q, log_p), 0 if z is None else lse**2
 
@@ -247,7 +275,7 @@ def _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softca
     return _reduce(reduction, e, loss, 0 if z is None else jnp.asarray(z, q.dtype), squared)
 
 
-def _token_stats(x, e, logit_scale, softcap):
+def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> TokenStats:
     """Return the statistics of logits and examples."""
     logits, counted = _logits(x, e.class_mask, logit_scale, softcap), e.sample_weight != 0
     log_p, lse = _log_softmax(logits(~counted))
@@ -263,7 +291,7 @@ def _token_stats(x, e, logit_scale, softcap):
     )
 
 
-def _logits(x, class_mask, logit_scale, softcap):
+def _logits(x: Array, class_mask: Any, logit_scale: Any, softcap: Any) -> Any:
     """Return a function: z = cap * tanh(scale * x / cap), -inf for a class that is masked.
 
     Its argument says which examples are lost: all of their logits are 0.
@@ -271,7 +299,7 @@ def _logits(x, class_mask, logit_scale, softcap):
     scale, cap = read_logit_scale(logit_scale), read_softcap(softcap)
     wide = _wide(x.dtype)
 
-    def logits(lost):
+    def logits(lost: Array) -> Any:
         lost = lost[..., None]
         z = jnp.where(class_mask & ~lost, x.astype(wide), 0)
         if scale is not None:
@@ -286,7 +314,7 @@ def _logits(x, class_mask, logit_scale, softcap):
     return logits
 
 
-def _log_softmax(z):
+def _log_softmax(z: Any) -> Any:
     """Return log p_c = z_c - z_b - log(1 + rest), and lse = z_b + log(1 + rest).
 
     b is the most probable class, rest = sum_{c != b} exp(z_c - z_b). Where p_b is nearly 1, its
@@ -301,17 +329,17 @@ def _log_softmax(z):
     return relative - jnp.log1p(rest), (z_b + jnp.log1p(rest))[..., 0]
 
 
-def _cross(e, q, log_p):
+def _cross(e: _Examples, q: Array, log_p: Array) -> Array:
     """Return -sum_c w_c q_c log p_c."""
     return -jnp.sum(_safe_multiply(_weighted(q, e.weight, e.sample_weight), log_p), -1)
 
 
-def _weighted(q, w, s):
+def _weighted(q: Array, w: Array, s: Array) -> Array:
     """Return w * q; whatever the weight is of a class without mass, or that is not counted."""
     return q * _blank_uncounted(q * s[..., None], w)
 
 
-def _unless_lost(terms, lost, e):
+def _unless_lost(terms: Any, lost: Array, e: _Examples) -> list[Array]:
     """Return terms(lost), and 0 for an example that is lost: neither counted nor finite.
 
     Without its logits, so that none of its derivatives is 0 * inf.
@@ -320,7 +348,7 @@ def _unless_lost(terms, lost, e):
     return [jnp.where(lost, 0, term) for term in terms(lost)]
 
 
-def _reduce(reduction, e, loss, z=0, squared=0):
+def _reduce(reduction: Reduction, e: _Examples, loss: Array, z: Any = 0, squared: Any = 0) -> Array:
     """Return s * (loss + z * lse^2) of the examples, or sum or mean, each term's by its weights."""
     s = e.sample_weight
     loss, z_term = s * loss, _safe_multiply(z, s * e.nan * squared)
@@ -332,24 +360,24 @@ def _reduce(reduction, e, loss, z=0, squared=0):
     return loss + z_term
 
 
-def _or_one(denominator):
+def _or_one(denominator: Array) -> Array:
     return jnp.where(denominator == 0, 1, denominator)
 
 
 # ---- The rules of 0 * inf --------------------------------------------------------------------
 
 
-def _safe_multiply(factor, value):
+def _safe_multiply(factor: Array, value: Array) -> Array:
     """Return factor * value, 0 * inf being 0."""
     return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
 
 
-def _blank_uncounted(weight, value):
+def _blank_uncounted(weight: Any, value: Any) -> Array:
     """Return the value, 0 where the weight is 0 and it is not finite."""
     return jnp.where((weight == 0) & ~jnp.isfinite(value), 0, value)
 
 
-def _nan_where(condition, dtype):
+def _nan_where(condition: Any, dtype: Any) -> Array:
     """Return NaN or 0, without a literal NaN, which `jax_debug_nans` would find."""
     return jnp.sqrt(-condition.astype(dtype))
 
@@ -357,18 +385,16 @@ def _nan_where(condition, dtype):
 # ---- The arguments ---------------------------------------------------------------------------
 
 
-class _Examples(NamedTuple):
-    """What is said beside the logits: arrays (..., C), the classes last, and (...)."""
-
-    class_mask: Array  # (..., C); all of them in a row that has none
-    target: Array  # (..., C), t: the probabilities, or one-hot, or NaN for one out of range
-    weight: Array  # (..., C), w: of the classes
-    sample_weight: Array  # (...), s: 0 for what is not counted
-    target_weight: Array  # (...), s * w_y, or s: what the mean divides by
-    nan: Array  # (...), NaN for an index out of range, else 1
-
-
-def _examples(x, axis, targets, ignored, weight, sample_weight, class_mask, name):
+def _examples(
+    x: Array | jax.ShapeDtypeStruct,
+    axis: int,
+    targets: Any,
+    ignored: Any,
+    weight: Any,
+    sample_weight: Any,
+    class_mask: Any,
+    name: str,
+) -> _Examples:
     """Read what is said beside logits x, of which only shape and dtype are used."""
     rows, num_classes = x.shape[:axis] + x.shape[axis + 1 :], x.shape[axis]
     dtype = _wide(x.dtype)
@@ -390,7 +416,7 @@ def _examples(x, axis, targets, ignored, weight, sample_weight, class_mask, name
     return _Examples(mask, t + nan[..., None], w, s, s * w_y, 1 + nan)
 
 
-def _index(targets, ignored, num_classes):
+def _index(targets: Any, ignored: Any, num_classes: int | None) -> tuple[Array, Array]:
     """Return class indices, -1 for those outside [0, C), and which targets are ignored."""
     y = jnp.asarray(targets)
     y = y.astype(jnp.int32) if y.dtype.itemsize < 4 else y
@@ -399,7 +425,7 @@ def _index(targets, ignored, num_classes):
     return jnp.where(inside, y.astype(jnp.int32), -1), is_ignored
 
 
-def _class_mask(class_mask, shape, axis, name):
+def _class_mask(class_mask: Any, shape: tuple[int, ...], axis: int, name: str) -> Array:
     """Return which classes exist, (..., C)."""
     mask = read_class_mask(class_mask, shape, axis, name)
     if mask is not None and mask.ndim > 1:
@@ -408,7 +434,9 @@ def _class_mask(class_mask, shape, axis, name):
     return jnp.broadcast_to(True if mask is None else mask, last)
 
 
-def _read(logits, targets, ignore_index, axis, name):
+def _read(
+    logits: Any, targets: Any, ignore_index: Any, axis: int | None, name: str
+) -> tuple[Array, int, Any, Any]:
     """Return logits, the class axis, targets and the ignored one."""
     x = jnp.asarray(read_logits(logits, name, targets))
     targets, ignored = read_targets(targets, ignore_index)
@@ -416,9 +444,10 @@ def _read(logits, targets, ignore_index, axis, name):
 
 
 def _read_head(
-    hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index, weight,
-    sample_weight, class_mask, axis_name, class_axis_name, width_axis_name,
-):  # fmt: skip
+    hidden: Any, kernel: Any, targets: Any, bias: Any, class_axis: Any, dtype: Any, precision: Any,
+    chunk_size: Any, ignore_index: Any, weight: Any, sample_weight: Any, class_mask: Any,
+    axis_name: Any, class_axis_name: Any, width_axis_name: Any,
+) -> Any:  # fmt: skip
     """Return hidden @ kernel + bias, in float32 or float64, and the examples."""
     hidden, kernel = (
         jnp.asarray(read_array(name, x)) for name, x in (("hidden", hidden), ("kernel", kernel))
@@ -449,17 +478,17 @@ def _read_head(
     return x if bias is None else x + _broadcast(bias, x.shape, x.dtype), e
 
 
-def _broadcast(values, shape, dtype):
+def _broadcast(values: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Return values of this shape, 1 for None."""
     return jnp.broadcast_to(jnp.asarray(1 if values is None else values, dtype), shape)
 
 
-def _wide(*dtypes):
+def _wide(*dtypes: Any) -> Any:
     """Return what is computed in: float64 for float64, else float32."""
     return jnp.dtype("float64" if any(dtype == jnp.float64 for dtype in dtypes) else "float32")
 
 
-def _check_whole(*arrays, **names):
+def _check_whole(*arrays: Any, **names: Any) -> None:
     """Refuse the names of mapped axes. Those of a mesh, under `jit`, are of whole arrays."""
     for argument, mapped in zip(names, read_axis_names(*arrays, **names)):
         if mapped:
