@@ -13,7 +13,7 @@ from ._axes import Names, num_shards, vary_like
 from ._numerics import compute_dtype
 from ._rows import RowSums, Transform, row_gradients
 from ._targets import TargetMass
-from ._xla import add_slice, as_bits, from_bits, slice_of_bits, with_cpu_plan
+from ._xla import add_slice, slice_of_bits, with_cpu_plan
 
 Result = TypeVar("Result")
 # Writes a slice of a gradient: (total, part, start, axis).
@@ -208,16 +208,12 @@ def zero_gradients(plan: Plan, head: Head) -> Head:
     wide = functools.partial(jnp.zeros_like, dtype=compute_dtype(plan))
     zeros = Head(
         hidden=wide(head.hidden),
-        kernel=_store(plan, jnp.zeros_like(head.kernel)),
+        kernel=jnp.zeros_like(head.kernel),
         bias=None if head.bias is None else wide(head.bias),
         mass=jax.tree.map(jnp.zeros_like, head.mass),
         scale=None if head.scale is None else wide(head.scale),
     )
     return vary_like(head.hidden, zeros)
-
-
-def _store(plan: Plan, kernel: Array) -> Array:
-    return as_bits(kernel) if plan.cpu and jnp.finfo(kernel.dtype).bits == 16 else kernel
 
 
 def accumulate(
@@ -234,8 +230,8 @@ def accumulate(
     else:
         if num_classes % plan.chunk:  # classes seen before get 0
             old = take_slice(total.kernel, start, plan.chunk, plan.class_axis)
-            kernel += from_bits(old, head.kernel.dtype).astype(kernel.dtype)
-        kernel = _store(plan, kernel.astype(head.kernel.dtype))
+            kernel += old.astype(kernel.dtype)
+        kernel = kernel.astype(head.kernel.dtype)
         kernel = jax.lax.dynamic_update_slice_in_dim(total.kernel, kernel, start, plan.class_axis)
 
     def add_columns(total: Array, part: Array) -> Array:

@@ -244,7 +244,8 @@ def _sum(axis: int, term: Array) -> Array:
 
 def _row_sums_bwd(axis: int, moment: bool, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
     x, transform, shift, class_mask, index, mass = arguments
-    x = _xla.computed_again(axis, x, mass is not None, not transform.is_identity)
+    is_smoothed = mass is not None and mass.probabilities is None
+    x = _xla.computed_again(axis, x, mass is not None, is_smoothed, not transform.is_identity)
     cotangents = _unpacked(axis, moment, arguments, _xla.once_per_row(cotangents))
     q: Any = None
     pull: Any = None

@@ -38,7 +38,7 @@ from ._classes import first_best
 from ._dense import set_sums
 from ._numerics import compute_dtype
 from ._rows import RowSums, Transform, merge
-from ._xla import from_bits, packed, scatter_slice, unpacked
+from ._xla import packed, scatter_slice, unpacked
 
 Floats = tuple[Head, Array, RowSums]  # head, shift and the cotangents of the sums
 Residuals = tuple[Head, Fixed, Array]
@@ -223,7 +223,7 @@ def _gradients_pass(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
 
     zeros = zero_gradients(plan, head)
     gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
-    return gradients._replace(kernel=from_bits(gradients.kernel, head.kernel.dtype))
+    return gradients
 
 
 @_gradients.defjvp

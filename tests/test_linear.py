@@ -251,8 +251,10 @@ def test_as_exact_as_dense(made_forward, dtype):
 
     with jax.enable_x64(True):
         wide = [x.astype("float64") for x in (hidden, kernel)]
-        exact, exact_grads = jax.value_and_grad(dense, (0, 1))(*wide)
-        exact_losses = dense(*wide, reduction="none")
+        exact, exact_grads, exact_losses = jax.tree.map(
+            np.asarray,
+            (*jax.value_and_grad(dense, (0, 1))(*wide), dense(*wide, reduction="none")),
+        )
     with gradients_in_the_forward_pass(made_forward):
         value, grads = jax.jit(jax.value_and_grad(linear, (0, 1)))(hidden, kernel)
     _, dense_grads = jax.jit(jax.value_and_grad(dense, (0, 1)))(hidden, kernel)

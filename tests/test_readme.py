@@ -48,6 +48,7 @@ def table_rows(heading):
     return {row[0]: row[1:] for row in rows[2:]}
 
 
+@pytest.mark.filterwarnings("ignore")  # of the libraries that are compared
 def test_hard_cases_come_out_as_the_readme_says(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     hard_cases = pytest.importorskip("benchmarks.hard_cases")
