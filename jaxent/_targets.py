@@ -235,6 +235,8 @@ def make_rows(
     mass = None
     if smoothing is not None:
         picked_weight = (1 - smoothing) * (1 if picked_weight is None else picked_weight)
+        if weight is not None:  # nobody asks for the weights where nothing is counted
+            weight = blank_uncounted(jnp.any(sample_weight != 0), weight)
         mass = TargetMass(None, None, smoothing, share, weight)
     return Rows(
         axis=axis,

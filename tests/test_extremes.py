@@ -126,6 +126,26 @@ def test_infinite_class_weight_hurts_only_its_class():
     assert np.isfinite(jaxent.cross_entropy(np.zeros((1, 2)), np.array([0]), weight=weight))
 
 
+@pytest.mark.parametrize("module", [jaxent, reference])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_class_weights_that_nobody_asks_for_reach_no_derivative_of_smoothing(module, bad):
+    logits, targets = jnp.ones((2, 3)), jnp.array([-100, -100])
+    weight = jnp.array([1.0, bad, 2.0])
+
+    def dense(logits, weight, smoothing):
+        return module.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing)
+
+    def head(logits, weight, smoothing):
+        return module.linear_cross_entropy(
+            logits, jnp.eye(3), targets, weight=weight, label_smoothing=smoothing
+        )
+
+    for loss in (dense, head):
+        value, gradients = jax.value_and_grad(loss, (0, 1, 2))(logits, weight, 0.1)
+        assert value == 0
+        assert all(jnp.all(gradient == 0) for gradient in gradients)
+
+
 def test_infinite_class_weight_of_the_target_is_infinite_with_the_gradients_signs():
     """Not NaN: each class's share of it is infinite."""
     weight = np.array([INF, 1, 1], "float32")
