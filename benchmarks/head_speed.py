@@ -80,7 +80,7 @@ def alternatives(arrays, forward):
         side: functools.partial(jaxent.linear_cross_entropy, chunk_size=size)
         for side, size in sizes.items()
     }
-    if forward or 4 * kernel.size <= linear.ACCUMULATOR:
+    if forward or 4 * kernel.size <= linear.MAX_ACCUMULATOR_BYTES:
         (other,) = (side for side, made in ORDERS.items() if made != forward)
         losses[other] = functools.partial(in_order, not forward)
     return {side: runner(loss, arrays) for side, loss in losses.items()}

@@ -21,15 +21,15 @@ Add = Callable[[Array, Array, Array, int], Array]
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
 # took the same time for 2048 tokens (within 5 %), and 4096 more.
-TILE = 2**23
-CHUNK = 1024
+LOGITS_CHUNK_BYTES = 2**23
+MIN_CHUNK_CLASSES = 1024
 # What a chunk's part of the kernel may take in float32, for few tokens: 64 of them, and 32000
 # classes, took 800 MB on a TPU.
-COLUMNS = 2**25
+KERNEL_CHUNK_BYTES = 2**25
 # What a shard of the width gives at least to the gather of a chunk. Of 256 chips of a TPU, XLA
 # makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
 # of 74 kB. (`python -m benchmarks.pod` prints both.)
-PIECE = 5 * 2**14
+MIN_GATHER_BYTES = 5 * 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Head(NamedTuple):
 class Fixed(NamedTuple):
     """What is not differentiated."""
 
-    exists: Array | None = None  # bool, (1, C) or (N, C); None where all classes exist
+    class_mask: Array | None = None  # bool, (1, C) or (N, C); None where all classes exist
     target: Array | None = None  # int32, (N, 1), < 0 for none; None for no class indices
     uncounted: Any = False  # bool, (N, 1)
     softcap: Any = None
@@ -122,22 +122,22 @@ def read_chunk(plan: Plan, head: Head, fixed: Fixed, i: Array) -> Chunk:
     def part(table: Array) -> Array:
         return take_slice(table, start, plan.chunk, -1)
 
-    exists = None if fixed.exists is None else part(fixed.exists)
-    if exists is not None:
+    class_mask = None if fixed.class_mask is None else part(fixed.class_mask)
+    if class_mask is not None:
         # 0 * NaN is NaN: what a class holds that no counted token has reaches no gradient.
-        seen = exists & ~fixed.uncounted if exists.shape[0] != 1 else exists
+        seen = class_mask & ~fixed.uncounted if class_mask.shape[0] != 1 else class_mask
         needed = jnp.expand_dims(jnp.any(seen, 0), 1 - plan.class_axis)
         finite = jnp.all(jnp.isfinite(kernel), 1 - plan.class_axis, keepdims=True)
         kernel = jnp.where(needed | finite, kernel, 0)
     if num_classes % plan.chunk:
-        fresh = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
-        exists = fresh if exists is None else exists & fresh
+        not_seen = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
+        class_mask = not_seen if class_mask is None else class_mask & not_seen
     head = head._replace(
         kernel=kernel,
         bias=None if head.bias is None else part(head.bias),
         mass=None if head.mass is None else head.mass.by_class(part),
     )
-    return Chunk(head, exists, start, i * plan.chunk)
+    return Chunk(head, class_mask, start, i * plan.chunk)
 
 
 def chunk_mass(plan: Plan, chunk: Chunk, num_classes: int, mass: TargetMass) -> TargetMass:
@@ -293,12 +293,12 @@ def choose_chunk(plan: Plan, head: Head) -> int:
     """Return a chunk's number of classes, for a device that has these tokens and classes."""
     num_tokens, width = head.hidden.shape
     if not isinstance(num_tokens, int):  # symbolic: any number of them
-        num_tokens = TILE
-    logits = TILE // 4 // max(num_tokens, 1)
-    size = max(CHUNK, min(logits, COLUMNS // 4 // max(width, 1)))
+        num_tokens = LOGITS_CHUNK_BYTES
+    logits = LOGITS_CHUNK_BYTES // 4 // max(num_tokens, 1)
+    size = max(MIN_CHUNK_CLASSES, min(logits, KERNEL_CHUNK_BYTES // 4 // max(width, 1)))
     if plan.width:  # up to 16 times the logits
         column = width // num_shards(plan.width) * plan.dtype.itemsize
-        size = max(size, min(PIECE // max(column, 1), 16 * logits))
+        size = max(size, min(MIN_GATHER_BYTES // max(column, 1), 16 * logits))
     return balance(head.kernel.shape[plan.class_axis], size, 128)
 
 

@@ -23,7 +23,7 @@ from ._rows import (
     exponentials,
     product,
     row_gradients,
-    unless_lost,
+    without_infinite_derivative,
 )
 from ._targets import TargetMass
 
@@ -179,7 +179,7 @@ def set_sums(
         exps = exponentials(transform, x, shift, mask)
         sums = sums._replace(moment=_sum(axis, product(exps, centred)))
     if mass is not None:
-        q = unless_lost(mass.values(class_mask), centred)
+        q = without_infinite_derivative(mass.values(class_mask), centred)
         sums = sums._replace(mass=_sum(axis, q), mass_logit=_sum(axis, product(q, centred)))
         if _keeps_mass_apart(shift, mass) and apart is not None:
             left_mass = mass.at(apart, axis, class_mask).astype(q.dtype)
@@ -215,7 +215,7 @@ def _in_one_loop(
     left_mass: Any = None
     mass_logit: Any = None
     if mass is not None:
-        q = unless_lost(mass.values(class_mask), centred)
+        q = without_infinite_derivative(mass.values(class_mask), centred)
         mass_logit = product(q, centred)
         if _keeps_mass_apart(shift, mass):
             left_mass = jnp.where(is_apart, q, 0)

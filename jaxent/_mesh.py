@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     width: Names = ()  # of the kernel: each chunk is gathered
     mesh: Any = None  # None: the axes are mapped already, if there are any
     tokens: tuple[Names, ...] = ()  # the mesh's axes of each dimension of the tokens
-    alone: bool = True  # whether a call can know that nobody else splits its tokens
+    owns_all_tokens: bool = True  # whether a call can know that nobody else splits its tokens
 
     def of_hidden(self) -> P:
         return P(*map(_entry, self.tokens), None)
@@ -70,7 +70,9 @@ def read_layout(
     if not any(named) and not typed:
         sizes = [mesh.shape[name] for name in free] if mesh else [jax.device_count()]
         examples, classes, width = mapped
-        return Layout(examples, classes, width, alone=any(mapped) or math.prod(sizes) == 1)
+        return Layout(
+            examples, classes, width, owns_all_tokens=any(mapped) or math.prod(sizes) == 1
+        )
 
     assert mesh is not None  # it has the names, or is in the types
     if partial:

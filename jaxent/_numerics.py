@@ -1,14 +1,14 @@
 """The rules that keep 0 * inf out of values and gradients.
 
-| factor | value | `times` | `factor * blank_uncounted(factor, value)` |
+| factor | value | `safe_multiply` | `factor * blank_uncounted(factor, value)` |
 | --- | --- | --- | --- |
 | 0 | finite | 0 | 0 |
 | 0 | inf, -inf | 0, derivatives 0 | 0, derivatives 0 |
 | 0 | NaN | NaN: it shows | 0: nobody asked for it |
 | other | any | the product | the product |
 
-`times` is for what is counted; its other is for what a weight of 0 leaves out. Neither makes a
-NaN on the way, which `jax_debug_nans` would report.
+`safe_multiply` is for what is counted, `blank_uncounted` for what a weight of 0 leaves out. Neither
+makes a NaN on the way, which `jax_debug_nans` would report.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def compute_dtype(*arrays: Any) -> Any:
     return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
 
 
-def unless_zero(factor: Any, value: Any) -> Array:
+def safe_value(factor: Any, value: Any) -> Array:
     """Return `value`, but 0 where `factor` is 0 and `value` infinite.
 
     So 0 * inf is 0, and 0 * NaN is NaN.
@@ -31,9 +31,9 @@ def unless_zero(factor: Any, value: Any) -> Array:
     return jnp.where((factor == 0) & jnp.isinf(value), 0, value)
 
 
-def times(factor: Any, value: Any) -> Array:
+def safe_multiply(factor: Any, value: Any) -> Array:
     """Return `factor * value`, and 0 with derivatives 0 where that would be 0 * inf."""
-    product: Array = factor * unless_zero(factor, value)
+    product: Array = factor * safe_value(factor, value)
     return product
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._axes import Names, first_class, local_index, psum
-from ._numerics import blank_uncounted, compute_dtype, finite_exp, times, unless_zero
+from ._numerics import blank_uncounted, compute_dtype, finite_exp, safe_multiply, safe_value
 from ._xla import one_hot, others_mask, take_class, zeros_like
 
 
@@ -159,7 +159,7 @@ def _exponentials_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 @jax.custom_jvp
 def product(q: Array, centred: Array) -> Array:
     """Return q * centred, 0 * inf being 0."""
-    return times(q, centred)
+    return safe_multiply(q, centred)
 
 
 @product.defjvp
@@ -191,16 +191,16 @@ def _scaled_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def unless_lost(q: Array, centred: Array) -> Array:
+def without_infinite_derivative(q: Array, centred: Array) -> Array:
     """Return q, of the rows' shape; without derivative where no mass meets an infinite loss."""
     return q.astype(centred.dtype) + zeros_like(centred)  # which has the sharding, too
 
 
-@unless_lost.defjvp
-def _unless_lost_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+@without_infinite_derivative.defjvp
+def _without_infinite_derivative_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     (q, centred), (dq, _) = primals, tangents
     lost = (q == 0) & ~jnp.isfinite(centred)
-    return unless_lost(q, centred), jnp.where(lost, 0, dq.astype(centred.dtype))
+    return without_infinite_derivative(q, centred), jnp.where(lost, 0, dq.astype(centred.dtype))
 
 
 class RowSums(NamedTuple):
@@ -223,10 +223,10 @@ class RowSums(NamedTuple):
             target=_plus(self.target, change),
         )
         if self.moment is not None:
-            moment = self.moment * factor + times(self.others * factor, change)
+            moment = self.moment * factor + safe_multiply(self.others * factor, change)
             sums = sums._replace(moment=moment)
         if self.mass is not None:
-            sums = sums._replace(mass_logit=self.mass_logit + times(self.mass, change))
+            sums = sums._replace(mass_logit=self.mass_logit + safe_multiply(self.mass, change))
         return sums
 
     def put_back(self, where: Any) -> "RowSums":
@@ -357,7 +357,7 @@ def _surprise_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 def entropy(sums: RowSums) -> Array:
     """Return -sum_c p_c log p_c."""
-    relative: Array = sums.moment - times(sums.others, sums.left)
+    relative: Array = sums.moment - safe_multiply(sums.others, sums.left)
     return surprise(sums.left, sums.others) - relative / total(sums.left, sums.others)
 
 
@@ -398,10 +398,10 @@ def row_gradients(
 
     def by_mass(d_z: Array, q: Array) -> tuple[Array, Array]:
         # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
-        q, unspread = jax.vjp(lambda q: unless_lost(q, centred), q)
+        q, unspread = jax.vjp(lambda q: without_infinite_derivative(q, centred), q)
         d_mass_logit = cotangents.mass_logit
         d_z += d_mass_logit * blank_uncounted(d_mass_logit, q)
-        by_logit = blank_uncounted(d_mass_logit, unless_zero(q, centred))
+        by_logit = blank_uncounted(d_mass_logit, safe_value(q, centred))
         d_q = cotangents.mass + d_mass_logit * by_logit
         if cotangents.left_mass is not None:
             d_q = jnp.where(one_hot(apart, x, axis), cotangents.left_mass, d_q)

@@ -139,32 +139,32 @@ class TargetMass:
     jax.tree_util.register_dataclass,
     meta_fields=["axis"],
     data_fields=[
-        "exists",
+        "class_mask",
         "index",
-        "here",
-        "picked_weight",
+        "local_index",
+        "target_weight",
         "mass",
         "sample_weight",
-        "scale",
+        "example_weight",
         "denominator",
     ],
 )
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Targets:
     """Targets, read. Arrays of one value an example keep the class axis as 1.
 
-    An example's loss is `picked_weight` times that of the class at `index`, plus that of the
+    An example's loss is `target_weight` times that of the class at `index`, plus that of the
     target mass: the probabilities, or for indices the part that smoothing spreads.
     """
 
     axis: int
-    exists: Array | None  # bool, of the logits' shape or a table; None where all exist
+    class_mask: Array | None  # bool, of the logits' shape or a table; None where all exist
     index: Array | None  # int32, -1 if out of range; None for probabilities
-    here: Array | None  # the same relative to this shard's classes; -1 for other shards' too
-    picked_weight: Array | None  # None for 1; of each example, or a scalar
+    local_index: Array | None  # the same relative to this shard's classes; -1 for other shards' too
+    target_weight: Array | None  # None for 1; of each example, or a scalar
     mass: TargetMass | None
     sample_weight: Array  # 0 for examples that are not counted
-    scale: Array  # the same, but NaN where the target is out of range
+    example_weight: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
 
     @property
@@ -172,9 +172,9 @@ class Rows:
         return self.sample_weight == 0
 
 
-def make_rows(
+def make_targets(
     axis: int, shape: tuple[int, ...], dtype: Any, given: Given, classes: Names = ()
-) -> Rows:
+) -> Targets:
     """Read off what the arguments of a loss say, of logits of this shape.
 
     `dtype` is that of what is computed, `classes` are the mapped axes over which their classes
@@ -182,7 +182,7 @@ def make_rows(
     """
     ndim, num_classes = len(shape), shape[axis]
     all_classes = num_classes * num_shards(classes)
-    exists = class_table(given.class_mask, shape, axis)
+    class_mask = class_table(given.class_mask, shape, axis)
     weight = None if given.weight is None else along(axis, ndim, given.weight.astype(dtype))
     smoothing, share = given.label_smoothing, jnp.asarray(1 / all_classes, dtype)
     if smoothing is not None:
@@ -193,9 +193,9 @@ def make_rows(
         sample_weight = jnp.broadcast_to(sample_weight, shape[:axis] + shape[axis + 1 :])
         sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
     is_gone = None  # not counted, whatever its weight
-    if exists is not None:
+    if class_mask is not None:
         # A row without classes is not counted; with all of them, it is at least finite.
-        exists, count = read_existing(exists, axis, classes)
+        class_mask, count = read_existing(class_mask, axis, classes)
         is_gone = jnp.broadcast_to(count == 0, (*shape[:axis], 1, *shape[axis + 1 :]))
         share = 1 / jnp.where(count == 0, all_classes, count).astype(dtype)
 
@@ -204,50 +204,50 @@ def make_rows(
         rows = (*shape[:axis], 1, *shape[axis + 1 :])
         is_gone = jnp.zeros(rows, bool) if is_gone is None else is_gone
         sample_weight = _weights(sample_weight, is_gone, dtype)
-        return Rows(
+        return Targets(
             axis=axis,
-            exists=exists,
+            class_mask=class_mask,
             index=None,
-            here=None,
-            picked_weight=None,
+            local_index=None,
+            target_weight=None,
             mass=TargetMass(targets, sample_weight, smoothing, share, weight),
             sample_weight=sample_weight,
-            scale=sample_weight,
+            example_weight=sample_weight,
             denominator=sample_weight,
         )
 
     index, ignored = read_indices(jnp.expand_dims(targets, axis), all_classes, given.ignore_index)
-    here = local_index(index, num_classes, classes) if classes else index
+    local = local_index(index, num_classes, classes) if classes else index
     outside = index < 0
     is_gone = ignored if is_gone is None else ignored | is_gone
     if sample_weight is not None:
         # Out of range and of weight 0 is not counted either, and has no loss to derive.
         is_gone |= outside & (sample_weight == 0)
     sample_weight = _weights(sample_weight, is_gone, dtype)
-    picked_weight, denominator = None, sample_weight
+    target_weight, denominator = None, sample_weight
     if weight is not None:
-        chosen = pick_weight(weight, here, axis, classes)
+        chosen = take_target_weight(weight, local, axis, classes)
         # Out of range: the NaN reaches all classes' weights; `mean` counts the example as 1.
-        picked_weight = jnp.where(outside, psum(jnp.sum(weight), classes), chosen)
-        picked_weight = blank_uncounted(sample_weight, picked_weight)
+        target_weight = jnp.where(outside, psum(jnp.sum(weight), classes), chosen)
+        target_weight = blank_uncounted(sample_weight, target_weight)
         one_or_chosen = jnp.where(outside, 1, chosen)
         denominator = sample_weight * blank_uncounted(sample_weight, one_or_chosen)
     mass = None
     if smoothing is not None:
-        picked_weight = (1 - smoothing) * (1 if picked_weight is None else picked_weight)
+        target_weight = (1 - smoothing) * (1 if target_weight is None else target_weight)
         if weight is not None:  # nobody asks for the weights where nothing is counted
             weight = blank_uncounted(jnp.any(sample_weight != 0), weight)
         mass = TargetMass(None, None, smoothing, share, weight)
-    return Rows(
+    return Targets(
         axis=axis,
-        exists=exists,
+        class_mask=class_mask,
         index=index,
-        here=here,
-        picked_weight=picked_weight,
+        local_index=local,
+        target_weight=target_weight,
         mass=mass,
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
-        scale=sample_weight * (1 + nan_where(outside & (sample_weight != 0), dtype)),
+        example_weight=sample_weight * (1 + nan_where(outside & (sample_weight != 0), dtype)),
         denominator=denominator,
     )
 
@@ -269,16 +269,16 @@ def class_table(class_mask: Any, shape: tuple[int, ...], axis: int) -> Array | N
     return jnp.broadcast_to(class_mask, shape)
 
 
-def read_existing(exists: Array, axis: int, classes: Names = ()) -> tuple[Array, Array]:
+def read_existing(class_mask: Array, axis: int, classes: Names = ()) -> tuple[Array, Array]:
     """Return which classes exist, all of them in a row that has none; and how many they were."""
-    count = psum(jnp.sum(exists, axis, keepdims=True, dtype=jnp.int32), classes)
-    return exists | (count == 0), count
+    count = psum(jnp.sum(class_mask, axis, keepdims=True, dtype=jnp.int32), classes)
+    return class_mask | (count == 0), count
 
 
-def pick_weight(weight: Array, here: Array, axis: int, classes: Names) -> Array:
+def take_target_weight(weight: Array, local: Array, axis: int, classes: Names) -> Array:
     """Return the class weight of each row's target; any value for an index out of range."""
-    chosen = take_class((weight,), here, axis)
-    return psum(jnp.where(here < 0, 0, chosen), classes) if classes else chosen
+    chosen = take_class((weight,), local, axis)
+    return psum(jnp.where(local < 0, 0, chosen), classes) if classes else chosen
 
 
 def read_indices(targets: Any, num_classes: int | None, ignore_index: Any) -> tuple[Array, Array]:

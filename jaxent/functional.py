@@ -7,12 +7,12 @@ loss = jaxent.cross_entropy(logits, labels, weight=class_weights, label_smoothin
 ```
 
 Each checks its arguments and calls one compiled function, which is a composition: the targets
-are read (`_targets`), the rows are summed (`_softmax`), the sums are reduced (`_reduction`).
+are read (`_targets`), the rows are summed (`_dense`), the sums are reduced (`_reduction`).
 Nothing but the row sums has a hand-written gradient.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from ._axes import AxisName, Names, local_index, num_shards, read_axis_names
 from ._calls import compiled, public
 from ._classes import along
 from ._dense import row_max, row_sums
-from ._numerics import blank_uncounted, compute_dtype, times
+from ._numerics import blank_uncounted, compute_dtype, safe_multiply
 from ._reduction import reduce, total
 from ._rows import (
     RowSums,
@@ -49,18 +49,19 @@ from ._rows import (
 )
 from ._targets import (
     Given,
-    Rows,
+    Targets,
     class_table,
-    make_rows,
-    pick_weight,
+    make_targets,
     read_existing,
     read_given,
     read_indices,
+    take_target_weight,
 )
 from ._xla import once_per_row, one_hot
 
 
-class Options(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Options:
     """What is static in a loss of logits."""
 
     axis: int = -1  # of the classes
@@ -104,19 +105,19 @@ def log_softmax(
     """
     x = read_logits(logits, "logits")
     axis = read_axis(axis, x.ndim, "logits")
-    exists = read_class_mask(class_mask, x.shape, axis, "logits")
+    mask = read_class_mask(class_mask, x.shape, axis, "logits")
     (classes,) = read_axis_names(x, class_axis_name=class_axis_name)
-    return _log_softmax(Options(axis=axis, classes=classes), x, exists)
+    return _log_softmax(Options(axis=axis, classes=classes), x, mask)
 
 
 @compiled
 def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> Array:
-    axis, _, _, classes = options
+    axis, classes = options.axis, options.classes
     if not logits.size:
         return logits
-    exists = class_table(class_mask, logits.shape, axis)
+    class_mask = class_table(class_mask, logits.shape, axis)
     x = logits.astype(compute_dtype(logits))
-    finite = None if exists is None else read_existing(exists, axis, classes)[0]
+    finite = None if class_mask is None else read_existing(class_mask, axis, classes)[0]
     shift, top, own = row_max(axis, Transform(), x, finite, with_class=True)
     best, here = combine_argmax(top, own, x.shape[axis], classes)
     sums = row_sums(axis, Transform(), x, shift, finite, (own, None), None)
@@ -126,8 +127,8 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     )
     # Not x - shift - normalizer of the largest, which would be 0 where that is nearly certain.
     log_probs = jnp.where(one_hot(here, x, axis), -best_loss, x - shift - normalizer)
-    if exists is not None:
-        log_probs = jnp.where(exists, log_probs, -jnp.inf)
+    if class_mask is not None:
+        log_probs = jnp.where(class_mask, log_probs, -jnp.inf)
     return log_probs.astype(logits.dtype)
 
 
@@ -189,12 +190,12 @@ def nll(
 
 @compiled
 def _nll(options: Options, log_probs: Array, given: Given) -> Array:
-    axis, reduction, examples, classes = options
-    rows = make_rows(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
-    index, here = (rows.index, None), (rows.here, None)
+    axis, classes = options.axis, options.classes
+    rows = make_targets(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
+    index, here = (rows.index, None), (rows.local_index, None)
     sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass)
     _, sums = combine_shards(None, sums, index, here, rows.uncounted, classes)
-    return reduced_loss(rows, None, None, sums, reduction, examples)
+    return reduced_loss(rows, None, None, sums, options.reduction, options.examples)
 
 
 @public
@@ -307,31 +308,30 @@ def cross_entropy(
 
 @compiled
 def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
-    axis, reduction, examples, classes = options
-    rows, shift, sums, _ = rows_of_logits(axis, logits, given, classes)
-    return reduced_loss(rows, given.z_loss, shift, sums, reduction, examples)
+    rows, shift, sums, _ = rows_of_logits(options.axis, logits, given, options.classes)
+    return reduced_loss(rows, given.z_loss, shift, sums, options.reduction, options.examples)
 
 
 def rows_of_logits(
     axis: int, logits: Array, given: Given, classes: Names, stats: bool = False
-) -> tuple[Rows, Any, RowSums, Any]:
+) -> tuple[Targets, Any, RowSums, Any]:
     """Return what the targets are, and shift and sums of each row of logits.
 
     They are of all of its classes. For statistics or probabilities, the last result is the row's
     most probable class, which is then the one apart.
     """
     wide = compute_dtype(logits)
-    rows = make_rows(axis, logits.shape, wide, given, classes)
-    transform, exists = given.transform(wide), rows.exists
-    own, whole, here = rows.here, rows.index, rows.here
+    rows = make_targets(axis, logits.shape, wide, given, classes)
+    transform, class_mask = given.transform(wide), rows.class_mask
+    own, whole, here = rows.local_index, rows.index, rows.local_index
     with_class = stats or whole is None
-    shift, top, best = row_max(axis, transform, logits, exists, with_class)
+    shift, top, best = row_max(axis, transform, logits, class_mask, with_class)
     if with_class:
         own = best
         whole, here = combine_argmax(top, best, logits.shape[axis], classes)
-    target, target_here = (rows.index, rows.here) if stats else (None, None)
+    target, target_here = (rows.index, rows.local_index) if stats else (None, None)
     sums = row_sums(
-        axis, transform, logits, shift, exists, (own, target_here), rows.mass, moment=stats
+        axis, transform, logits, shift, class_mask, (own, target_here), rows.mass, moment=stats
     )
     shift, sums = combine_shards(
         shift, sums, (whole, target), (here, target_here), rows.uncounted, classes
@@ -340,7 +340,7 @@ def rows_of_logits(
 
 
 def reduced_loss(
-    rows: Rows, z_loss: Any, shift: Any, sums: RowSums, reduction: Reduction, examples: Names
+    rows: Targets, z_loss: Any, shift: Any, sums: RowSums, reduction: Reduction, examples: Names
 ) -> Array:
     """Return the reduction of the examples' losses, computed without the class axis.
 
@@ -354,14 +354,14 @@ def reduced_loss(
             squeezed[id(x)] = jax.lax.squeeze(x, (rows.axis,)) if x.ndim else x
         return squeezed[id(x)]
 
-    rows = dataclasses.replace(rows, exists=None, index=None, here=None, mass=None)
+    rows = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
     values = rows, None if z_loss is None else shift, sums
     rows, shift, sums = jax.tree.map(squeeze, values)
     return reduce(loss_terms(rows, z_loss, shift, sums), reduction, examples)
 
 
 def loss_terms(
-    rows: Rows, z_loss: Array | None, shift: Any, sums: RowSums
+    rows: Targets, z_loss: Array | None, shift: Any, sums: RowSums
 ) -> list[tuple[Array, Array]]:
     """Return (numerator, denominator) of the examples, of the loss and of any z-loss."""
     # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
@@ -370,30 +370,36 @@ def loss_terms(
     hidden = rows.uncounted & ~jax.lax.stop_gradient(finite)
     sums = sums.blank(hidden)
     loss = _loss_of_log_probs(rows, sums) if sums.others is None else _loss(rows, sums)
-    terms = [(rows.scale * loss, rows.denominator)]
+    terms = [(rows.example_weight * loss, rows.denominator)]
     if z_loss is not None:
         z_loss = z_loss.astype(shift.dtype)
         normalizer = jnp.where(hidden, 0, shift) + log_total(sums.left, sums.others)
-        terms.append((times(z_loss, rows.scale * normalizer**2), rows.sample_weight))
+        terms.append(
+            (safe_multiply(z_loss, rows.example_weight * normalizer**2), rows.sample_weight)
+        )
     return terms
 
 
-def _loss(rows: Rows, sums: RowSums) -> Array:
+def _loss(rows: Targets, sums: RowSums) -> Array:
     loss = surprise(sums.left, sums.others)
     if sums.left_mass is not None:
-        mass_logit: Array = sums.mass_logit - times(sums.mass, sums.left)
-        return times(sums.mass + sums.left_mass, loss) - mass_logit
-    if rows.picked_weight is not None:
-        loss = times(rows.picked_weight, loss)
+        mass_logit: Array = sums.mass_logit - safe_multiply(sums.mass, sums.left)
+        return safe_multiply(sums.mass + sums.left_mass, loss) - mass_logit
+    if rows.target_weight is not None:
+        loss = safe_multiply(rows.target_weight, loss)
     if sums.mass is not None:
-        loss += times(sums.mass, log_total(sums.left, sums.others)) - sums.mass_logit
+        loss += safe_multiply(sums.mass, log_total(sums.left, sums.others)) - sums.mass_logit
     return loss
 
 
-def _loss_of_log_probs(rows: Rows, sums: RowSums) -> Any:
+def _loss_of_log_probs(rows: Targets, sums: RowSums) -> Any:
     loss: Any = 0
     if sums.left is not None:
-        loss = -sums.left if rows.picked_weight is None else times(rows.picked_weight, -sums.left)
+        loss = (
+            -sums.left
+            if rows.target_weight is None
+            else safe_multiply(rows.target_weight, -sums.left)
+        )
     return loss if sums.mass is None else loss - sums.mass_logit
 
 
@@ -462,6 +468,6 @@ def _total_weight(options: Options, given: Given) -> Array:
         index = index[..., None]
         here = local_index(index, weight.size, classes)
         table = along(-1, index.ndim, weight.astype(dtype))
-        chosen = jnp.where(index < 0, 1, pick_weight(table, here, -1, classes))[..., 0]
+        chosen = jnp.where(index < 0, 1, take_target_weight(table, here, -1, classes))[..., 0]
         scale *= blank_uncounted(scale, chosen)
     return total(jnp.where(ignored, 0, scale), options.examples)

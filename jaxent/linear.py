@@ -48,17 +48,26 @@ from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._numerics import compute_dtype
 from ._rows import RowSums, combine_argmax, combine_shards
 from ._streaming import head_sums
-from ._targets import Given, Rows, make_rows, read_given
+from ._targets import Given, Targets, make_targets, read_given
 from ._total import head_total
 from .functional import loss_terms, reduced_loss
 
 # Where gradients are made forward: the float32 kernel gradient's bytes at most, and the width at
 # least, by the dtype's bits. The docstring of linear_cross_entropy has the measurement.
-ACCUMULATOR = 2**28
-WIDTH = {16: 512, 32: 1024, 64: 1024}
+MAX_ACCUMULATOR_BYTES = 2**28
+MIN_FORWARD_WIDTH = {16: 512, 32: 1024, 64: 1024}
 # Tokens that are gone over together then. With chunks of 1024 classes, the fastest of 128, 256, 512
 # and 1024 for (2048, 2048, 16384) and for (2048, 512, 32768) in bfloat16, on two CPU cores.
-BLOCK = 512
+BLOCK_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """What is static in a head."""
+
+    plan: Plan
+    layout: Layout
+    reduction: Reduction = "none"
 
 
 @public
@@ -181,8 +190,10 @@ def linear_cross_entropy(
         softcap=softcap,
     )
     if reduction != "none" and chosen("made_forward", is_made_forward, plan, h, k, layout):
-        plan = dataclasses.replace(plan, made_forward=True, block=chosen("block", lambda: BLOCK))
-    return _linear_cross_entropy((plan, layout, reduction), h, k, b, given)
+        plan = dataclasses.replace(
+            plan, made_forward=True, block=chosen("block", lambda: BLOCK_TOKENS)
+        )
+    return _linear_cross_entropy(HeadOptions(plan, layout, reduction), h, k, b, given)
 
 
 def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
@@ -195,15 +206,15 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
     if not all(isinstance(size, int) for size in (*hidden.shape, *kernel.shape)):
         return False
     bits = jnp.finfo(plan.dtype).bits
-    small = 4 * kernel.size <= ACCUMULATOR and hidden.shape[-1] >= WIDTH[bits]
-    return small and layout.alone and not layout.classes and not layout.width
+    small = 4 * kernel.size <= MAX_ACCUMULATOR_BYTES and hidden.shape[-1] >= MIN_FORWARD_WIDTH[bits]
+    return small and layout.owns_all_tokens and not layout.classes and not layout.width
 
 
 @compiled
 def _linear_cross_entropy(
-    static: tuple[Plan, Layout, Reduction], hidden: Array, kernel: Array, bias: Any, given: Given
+    options: HeadOptions, hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> Array:
-    plan, layout, reduction = static
+    plan, layout, reduction = options.plan, options.layout, options.reduction
     if plan.made_forward:
         head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
         return _total(plan, head, rows, given, reduction, layout)
@@ -213,13 +224,13 @@ def _linear_cross_entropy(
 
 def rows_of_head(
     plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
-) -> tuple[Rows, Array, Any, Any]:
+) -> tuple[Targets, Array, Any, Any]:
     """Return the targets, and shift, sums and most probable class of each token, (..., 1)."""
     head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
     rest = head[2:], _fixed(rows, given.softcap)
 
     def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, RowSums, Array | None]:
-        others, fixed = jax.tree.map(_in_a_row, rest)
+        others, fixed = jax.tree.map(_flatten_tokens, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         num_classes, names = kernel.shape[plan.class_axis], layout.classes
         target, here = fixed.target, None
@@ -240,22 +251,22 @@ def rows_of_head(
     return rows, *on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
 
 
-def _fixed(rows: Rows, softcap: Any) -> Fixed:
-    return Fixed(rows.exists, rows.index, rows.uncounted, softcap)
+def _fixed(rows: Targets, softcap: Any) -> Fixed:
+    return Fixed(rows.class_mask, rows.index, rows.uncounted, softcap)
 
 
 def _total(
-    plan: Plan, head: Head, rows: Rows, given: Given, reduction: Reduction, layout: Layout
+    plan: Plan, head: Head, rows: Targets, given: Given, reduction: Reduction, layout: Layout
 ) -> Array:
     divisors: list[Array] = []
     if reduction == "mean":
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
         divisors = [jnp.where(total == 0, 1, total) for total in totals]
-    floats = dataclasses.replace(rows, exists=None, index=None, here=None, mass=None)
+    floats = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
     rest = head[2:], (floats, given.z_loss, divisors), _fixed(rows, given.softcap)
 
     def local(hidden: Array, kernel: Array, rest: Any) -> Array:
-        others, floats, fixed = jax.tree.map(_in_a_row, rest)
+        others, floats, fixed = jax.tree.map(_flatten_tokens, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         total = head_total(fitted, _divided_terms, head, floats, fixed)
         return psum(total, flat_names(layout.tokens))
@@ -276,13 +287,13 @@ def _divided_terms(floats: Any, shift: Array, sums: RowSums) -> Array:
 
 def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head, Plan]:
     """Return a device's head, its tokens in a row, and the plan with chunks of its classes."""
-    head = Head(_in_a_row(hidden), kernel, *others)
+    head = Head(_flatten_tokens(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
     chunk = plan.chunk or choose_chunk(plan, head)
     return head, dataclasses.replace(plan, chunk=min(chunk, num_classes))
 
 
-def _in_a_row(x: Array) -> Array:
+def _flatten_tokens(x: Array) -> Array:
     """Return (..., D) as (N, D)."""
     return x.reshape(-1, x.shape[-1]) if x.ndim else x
 
@@ -335,7 +346,7 @@ def read_head(
 
 def _make_head(
     plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
-) -> tuple[Head, Rows]:
+) -> tuple[Head, Targets]:
     """Read off what the arguments of a head say."""
     num_classes = kernel.shape[plan.class_axis]
     if plan.gathered:
@@ -349,7 +360,7 @@ def _make_head(
     wide = compute_dtype(plan)
     shape = (*hidden.shape[:-1], num_classes)
     classes = layout.classes if layout.mesh is None else ()
-    rows = make_rows(len(shape) - 1, shape, wide, given, classes)
+    rows = make_targets(len(shape) - 1, shape, wide, given, classes)
     finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
     hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
     if bias is not None:

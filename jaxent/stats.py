@@ -17,12 +17,10 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
-from ._chunks import Plan
-from ._mesh import Layout
 from ._rows import RowSums, entropy, log_total, surprise
-from ._targets import Given, Rows, read_given
+from ._targets import Given, Targets, read_given
 from .functional import Options, rows_of_logits
-from .linear import read_head, rows_of_head
+from .linear import HeadOptions, read_head, rows_of_head
 
 WANTED = "the statistics are of one class a token, given as an index"
 
@@ -169,17 +167,17 @@ def linear_token_stats(
         ignore_index=ignore_index,
         stats=True,
     )
-    return _linear_token_stats((plan, layout), h, k, b, given)
+    return _linear_token_stats(HeadOptions(plan, layout), h, k, b, given)
 
 
 @compiled
 def _linear_token_stats(
-    static: tuple[Plan, Layout], hidden: Array, kernel: Array, bias: Any, given: Given
+    options: HeadOptions, hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> TokenStats:
-    return _stats(*rows_of_head(*static, hidden, kernel, bias, given))
+    return _stats(*rows_of_head(options.plan, options.layout, hidden, kernel, bias, given))
 
 
-def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
+def _stats(rows: Targets, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
     counted = rows.sample_weight != 0
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
     shift, sums = jnp.where(counted, shift, 0), sums.blank(~counted)
@@ -188,7 +186,7 @@ def _stats(rows: Rows, shift: Array, sums: RowSums, prediction: Array) -> TokenS
     log_prob = jnp.where(is_prediction, -surprise(sums.left, sums.others), sums.target - log_sum)
     prediction = prediction.astype(jnp.int32)
     stats = TokenStats(
-        log_prob=rows.scale * log_prob,
+        log_prob=rows.example_weight * log_prob,
         log_normalizer=shift + log_sum,
         entropy=entropy(sums),
         prediction=prediction,
