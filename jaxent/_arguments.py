@@ -1,4 +1,6 @@
-"""The arguments, checked: everything that can be refused while tracing is refused here.
+"""Checks of the arguments; long, since each error says what to pass.
+
+Everything that can be refused while tracing is refused here.
 
 Every public function says the same thing in the same words: the argument's name, the
 shapes, and what to pass. Nothing is computed: arrays come out as they came in, JAX's or

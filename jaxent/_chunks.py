@@ -1,4 +1,4 @@
-"""Chunks of a classifier head's classes: their logits, and their share of the gradients."""
+"""Chunks of a head's classes, whole: their size, logits and share of the gradients."""
 
 import dataclasses
 import functools

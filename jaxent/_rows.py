@@ -1,4 +1,4 @@
-"""The algebra of a row: sums over a set of its classes, and what a loss makes of them.
+"""The algebra of a row, whole: sums over a set of classes, and what a loss makes of them.
 
 With z the scaled and capped logits, m the row's shift, q a target mass over classes, and e one
 class of the set that is kept apart from the others:

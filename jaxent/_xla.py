@@ -1,4 +1,4 @@
-"""What XLA and JAX made us write otherwise: every place, each a function that says why.
+"""What XLA and JAX made us write otherwise, whole: each place a function that says why.
 
 The rest of the library reads as if the compiler were perfect. A docstring here says what happens
 without the function, where that was seen, and what the function costs. Each has a plain form,

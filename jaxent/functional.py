@@ -1,4 +1,4 @@
-"""The losses as pure functions: log_softmax, nll, cross_entropy and total_weight.
+"""The losses as pure functions; long, since half of it is signatures and docstrings.
 
 ```python
 loss = jaxent.cross_entropy(logits, labels)                          # mean over the batch

@@ -1,4 +1,4 @@
-"""The classifier head and the loss in one: linear_cross_entropy.
+"""The classifier head and the loss in one; long for its signature, read twice, and docstring.
 
 ```python
 loss = jaxent.linear_cross_entropy(hidden, kernel, tokens)                     # (D, C)

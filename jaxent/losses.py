@@ -1,4 +1,6 @@
-"""The losses as objects: a configuration and one call, nothing computed here.
+"""The losses as objects; long, since each spells its configuration and its docstring.
+
+Each is a configuration and one call, and nothing is computed here.
 
 ```python
 class Classifier(nnx.Module):

@@ -1,4 +1,4 @@
-"""The formulas, plain: what every other function of jaxent must equal.
+"""The formulas, plain; long, since it shares no code with what must equal it.
 
 Written in `jax.numpy` to be read, and differentiated by JAX in any mode: `jax.jvp` and
 `jax.jacfwd` work here, which `jax.custom_vjp` refuses. They cost a few arrays of the logits'
