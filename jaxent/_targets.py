@@ -236,7 +236,8 @@ def make_targets(
     if smoothing is not None:
         target_weight = (1 - smoothing) * (1 if target_weight is None else target_weight)
         if weight is not None:  # nobody asks for the weights where nothing is counted
-            weight = blank_uncounted(jnp.any(sample_weight != 0), weight)
+            is_asked_for = jnp.any(sample_weight != 0) | jnp.isfinite(weight)
+            weight = jnp.where(is_asked_for, weight, 0)
         mass = TargetMass(None, None, smoothing, share, weight)
     return Targets(
         axis=axis,
