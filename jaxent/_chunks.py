@@ -13,7 +13,7 @@ from ._axes import Names, num_shards, vary_like
 from ._numerics import compute_dtype
 from ._rows import RowSums, Transform, row_gradients
 from ._targets import TargetMass
-from ._xla import add_slice, slice_of_bits, with_cpu_plan
+from ._xla import add_slice, slice_of_bits, take_slice, with_cpu_plan
 
 Result = TypeVar("Result")
 # Writes a slice of a gradient: (total, part, start, axis).
@@ -147,10 +147,6 @@ def chunk_mass(plan: Plan, chunk: Chunk, num_classes: int, mass: TargetMass) -> 
     classes = chunk.start + jnp.arange(plan.chunk, dtype=jnp.int32)[None]
     probabilities = jnp.where(classes >= chunk.first, mass.probabilities, 0)
     return dataclasses.replace(mass, probabilities=probabilities)
-
-
-def take_slice(array: Array, start: Array, size: int, axis: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
 def _read_kernel(plan: Plan, kernel: Array, start: Array) -> Array:

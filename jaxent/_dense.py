@@ -135,8 +135,12 @@ def _form(axis: int, arguments: Any, with_gradient: bool) -> str:
     """How a CPU sums up the exponentials."""
     x, *_, mass = arguments
     may_keep = with_gradient and mass is None
-    is_smoothed = mass is not None and mass.probabilities is None
-    return _xla.sum_form(axis, x, may_keep, mass is not None, is_smoothed)
+    return _xla.sum_form(axis, x, may_keep, mass is not None, _is_smoothing(mass))
+
+
+def _is_smoothing(mass: TargetMass | None) -> bool:
+    """Return whether the mass is what smoothing spreads beside an index."""
+    return mass is not None and mass.probabilities is None
 
 
 def set_sums(
@@ -177,10 +181,12 @@ def set_sums(
     if moment and apart is not None:
         mask = _xla.others_mask(apart, x, axis, class_mask)
         exps = exponentials(transform, x, shift, mask)
-        sums = sums._replace(moment=_sum(axis, product(exps, centred)))
+        sums = sums._replace(moment=_xla.sum_classes(axis, product(exps, centred)))
     if mass is not None:
         q = without_infinite_derivative(mass.values(class_mask), centred)
-        sums = sums._replace(mass=_sum(axis, q), mass_logit=_sum(axis, product(q, centred)))
+        sums = sums._replace(
+            mass=_xla.sum_classes(axis, q), mass_logit=_xla.sum_classes(axis, product(q, centred))
+        )
         if _keeps_mass_apart(shift, mass) and apart is not None:
             left_mass = mass.at(apart, axis, class_mask).astype(q.dtype)
             left_mass = jnp.where(_xla.is_inside(apart, axis, x), left_mass, 0)
@@ -234,18 +240,14 @@ def _in_one_loop(
         sums = sums._replace(left=jnp.where(_xla.is_inside(apart, axis, x), sums.left, -jnp.inf))
         if taken_out:
             sums = sums._replace(others=sums.others - finite_exp(sums.left))
-    return sums if q is None else sums._replace(mass=_sum(axis, q))
-
-
-def _sum(axis: int, term: Array) -> Array:
-    axis %= term.ndim
-    return jax.lax.expand_dims(jax.lax.reduce_sum(term, (axis,)), (axis,))
+    return sums if q is None else sums._replace(mass=_xla.sum_classes(axis, q))
 
 
 def _row_sums_bwd(axis: int, moment: bool, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
     x, transform, shift, class_mask, index, mass = arguments
-    is_smoothed = mass is not None and mass.probabilities is None
-    x = _xla.computed_again(axis, x, mass is not None, is_smoothed, not transform.is_identity)
+    x = _xla.computed_again(
+        axis, x, mass is not None, _is_smoothing(mass), not transform.is_identity
+    )
     cotangents = _unpacked(axis, moment, arguments, _xla.once_per_row(cotangents))
     q: Any = None
     pull: Any = None

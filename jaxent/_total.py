@@ -24,13 +24,12 @@ from ._chunks import (
     chunk_gradients,
     chunk_numbers,
     on_platform,
-    take_slice,
     zero_gradients,
 )
 from ._numerics import compute_dtype
 from ._rows import RowSums
 from ._streaming import head_sums, streamed_sums, sums_pass
-from ._xla import add_slice
+from ._xla import add_slice, take_slice
 
 Terms = Callable[[Any, Array, RowSums], Array]
 Floats = tuple[Head, Any]  # a head, and the float arrays of the terms

@@ -312,12 +312,13 @@ def _masked(
 ) -> tuple[Array, Array]:
     centre, _, exponentials = functions
     centred = centre(transform, x, shift, class_mask)
-    left = _sum(axis, jnp.where(one_hot(apart, x, axis), centred, 0))
+    left = sum_classes(axis, jnp.where(one_hot(apart, x, axis), centred, 0))
     mask = others_mask(apart, x, axis, class_mask)
-    return left, _sum(axis, exponentials(transform, x, shift, mask))
+    return left, sum_classes(axis, exponentials(transform, x, shift, mask))
 
 
-def _sum(axis: int, term: Array) -> Array:
+def sum_classes(axis: int, term: Array) -> Array:
+    """Return the sum over the class axis, which is kept as 1."""
     axis %= term.ndim
     return jax.lax.expand_dims(jax.lax.reduce_sum(term, (axis,)), (axis,))
 
@@ -380,14 +381,14 @@ def apart_and_others(
         x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
     ) -> tuple[Array, Array]:
         exps = exponentials(transform, x, shift, class_mask)
-        others = _sum(axis, exps * _not_at(apart, x, exps.dtype))
+        others = sum_classes(axis, exps * _not_at(apart, x, exps.dtype))
         return gathered(x, class_mask, shift, transform, apart), others
 
     def masked(
         x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
     ) -> tuple[Array, Array]:
         mask = others_mask(apart, x, axis, class_mask)
-        others = _sum(axis, exponentials(transform, x, shift, mask))
+        others = sum_classes(axis, exponentials(transform, x, shift, mask))
         return gathered(x, class_mask, shift, transform, apart), others
 
     def taken_out(
@@ -395,7 +396,7 @@ def apart_and_others(
     ) -> tuple[Array, Array]:
         left = gathered(x, class_mask, shift, transform, apart)
         share = jnp.where(is_inside(apart, axis, x), finite_exp(left), 0)
-        return left, _sum(axis, exponentials(transform, x, shift, class_mask)) - share
+        return left, sum_classes(axis, exponentials(transform, x, shift, class_mask)) - share
 
     def kept_blocks(
         x: Array, class_mask: Any, shift: Array, transform: Any, apart: Array
@@ -416,7 +417,7 @@ def apart_and_others(
         block = _take_block(blocks, which), _take_block(masks, which)
         values, mask = _hidden(block)
         centred = centre(transform, values, shift, mask)
-        left = _sum(-1, jnp.where(one_hot(inside, values, -1), centred, 0))
+        left = sum_classes(-1, jnp.where(one_hot(inside, values, -1), centred, 0))
         mask = others_mask(inside, values, -1, mask)
         again = exponentials(transform, values, shift, mask)
         exps = exponentials(transform, blocks, shift[..., None], masks)
@@ -452,8 +453,10 @@ def _in_block(apart: Array, blocks: Array) -> tuple[Array, Array]:
 
 def _put_together(blocks: Array, which: Array, again: Array, x: Array) -> Array:
     """Return the sum over all blocks, (..., 1), one of which is summed up again."""
-    sums = jnp.where(jnp.arange(blocks.shape[1]) == which, _sum(-1, again), jnp.sum(blocks, -1))
-    return _sum(-1, sums).reshape(*x.shape[:-1], 1)
+    sums = jnp.where(
+        jnp.arange(blocks.shape[1]) == which, sum_classes(-1, again), jnp.sum(blocks, -1)
+    )
+    return sum_classes(-1, sums).reshape(*x.shape[:-1], 1)
 
 
 # Loops over few classes.
@@ -512,7 +515,7 @@ def _add(a: Any, b: Any) -> Any:
 
 @sum_at_once.defjvp
 def _sum_at_once_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    d_sums = jax.tree.map(functools.partial(_sum, axis), tangents[0])
+    d_sums = jax.tree.map(functools.partial(sum_classes, axis), tangents[0])
     return sum_at_once(axis, *primals), d_sums
 
 
@@ -593,17 +596,18 @@ def with_cpu_plan(function: Callable[..., R], plan: Any, on_cpu: Any, *arguments
     """Return `function(plan, *arguments)`, on a CPU of another plan.
 
     A CPU turns matmuls of half precision into float32 ones (jax 0.10.2); the plan for it reads
-    and writes slices of half precision by their bits, as `slice_of_bits` says.
+    slices of half precision by their bits, as `slice_of_bits` says.
     """
     cpu, default = (functools.partial(function, each) for each in (on_cpu, plan))
     return _by_platform(cpu, default, *arguments)
 
 
-def _slice(array: Array, start: Array, size: int, axis: int) -> Array:
+def take_slice(array: Array, start: Array, size: int, axis: int) -> Array:
+    """Return this many entries of the axis, from the start on."""
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-@workaround(_slice)
+@workaround(take_slice)
 def slice_of_bits(array: Array, start: Array, size: int, axis: int) -> Array:
     """Return a slice of a half-precision array, on a CPU.
 
@@ -611,13 +615,13 @@ def slice_of_bits(array: Array, start: Array, size: int, axis: int) -> Array:
     copy of the array (jax 0.10.2). Bits are sliced as they are.
     """
     array, start = _hidden((array, start))
-    bits = _slice(jax.lax.bitcast_convert_type(array, jnp.uint16), start, size, axis)
+    bits = take_slice(jax.lax.bitcast_convert_type(array, jnp.uint16), start, size, axis)
     return _hidden(jax.lax.bitcast_convert_type(bits, array.dtype))
 
 
 def add_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
     """Return the total with the part added to a slice of it."""
-    part += _slice(total, start, part.shape[axis], axis)
+    part += take_slice(total, start, part.shape[axis], axis)
     return jax.lax.dynamic_update_slice_in_dim(total, part.astype(total.dtype), start, axis)
 
 
