@@ -74,6 +74,7 @@ class Chunk:
     class_mask: Array | None  # of the classes that exist, and that no earlier chunk had
     start: Array
     first: Array  # the first class that no earlier chunk had
+    fresh: Array | None  # (1, chunk): which classes none had; None where chunks do not overlap
 
     def local_index(self, index: Array | None) -> Array | None:
         """Return the index relative to the chunk; outside of it for other chunks' classes."""
@@ -129,23 +130,23 @@ def read_chunk(plan: Plan, head: Head, fixed: Fixed, i: Array) -> Chunk:
         needed = jnp.expand_dims(jnp.any(seen, 0), 1 - plan.class_axis)
         finite = jnp.all(jnp.isfinite(kernel), 1 - plan.class_axis, keepdims=True)
         kernel = jnp.where(needed | finite, kernel, 0)
+    fresh = None
     if num_classes % plan.chunk:
-        not_seen = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
-        class_mask = not_seen if class_mask is None else class_mask & not_seen
+        fresh = start + jnp.arange(plan.chunk, dtype=jnp.int32)[None] >= i * plan.chunk
+        class_mask = fresh if class_mask is None else class_mask & fresh
     head = head._replace(
         kernel=kernel,
         bias=None if head.bias is None else part(head.bias),
         mass=None if head.mass is None else head.mass.by_class(part),
     )
-    return Chunk(head, class_mask, start, i * plan.chunk)
+    return Chunk(head, class_mask, start, i * plan.chunk, fresh)
 
 
-def chunk_mass(plan: Plan, chunk: Chunk, num_classes: int, mass: TargetMass) -> TargetMass:
+def chunk_mass(chunk: Chunk, mass: TargetMass) -> TargetMass:
     """Return the mass without the probabilities of classes that an earlier chunk had."""
-    if not num_classes % plan.chunk or mass.probabilities is None:
+    if chunk.fresh is None or mass.probabilities is None:
         return mass
-    classes = chunk.start + jnp.arange(plan.chunk, dtype=jnp.int32)[None]
-    probabilities = jnp.where(classes >= chunk.first, mass.probabilities, 0)
+    probabilities = jnp.where(chunk.fresh, mass.probabilities, 0)
     return dataclasses.replace(mass, probabilities=probabilities)
 
 
@@ -260,8 +261,7 @@ def chunk_gradients(
     if head.mass is not None:
 
         def values(mass: TargetMass) -> Array:
-            num_classes = head.kernel.shape[plan.class_axis]
-            return chunk_mass(plan, chunk, num_classes, mass).values(chunk.class_mask)
+            return chunk_mass(chunk, mass).values(chunk.class_mask)
 
         q, pull = jax.vjp(values, chunk.head.mass)
     apart, target = map(chunk.local_index, apart_and_target(plan, fixed))

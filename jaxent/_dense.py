@@ -13,7 +13,6 @@ from jax import Array
 
 from . import _xla
 from ._axes import vary_alike
-from ._classes import first_best
 from ._numerics import compute_dtype, finite_exp
 from ._rows import (
     RowSums,
@@ -21,6 +20,7 @@ from ._rows import (
     centre,
     centre_at,
     exponentials,
+    first_best,
     product,
     row_gradients,
     without_infinite_derivative,

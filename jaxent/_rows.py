@@ -31,7 +31,7 @@ from jax import Array
 
 from ._axes import Names, first_class, local_index, psum
 from ._numerics import blank_uncounted, compute_dtype, finite_exp, safe_multiply, safe_value
-from ._xla import one_hot, others_mask, take_class, zeros_like
+from ._xla import class_numbers, one_hot, others_mask, take_class, zeros_like
 
 
 class Transform(NamedTuple):
@@ -318,6 +318,14 @@ def combine_argmax(peak: Array, best: Array, num_classes: int, names: Names) -> 
     largest = (peak == jax.lax.pmax(peak, names)) | jnp.isnan(peak)
     whole: Array = jax.lax.pmin(jnp.where(largest, best, jnp.iinfo(jnp.int32).max), names)
     return whole, local_index(whole, num_classes, names)
+
+
+def first_best(scores: Array, axis: int) -> Array:
+    """Return the first class of the largest score, as argmax, in a loop that a CPU makes fast."""
+    top = jnp.max(scores, axis, keepdims=True)
+    best = (scores == top) | jnp.isnan(scores)
+    numbers = jnp.where(best, class_numbers(scores, axis), scores.shape[axis])
+    return jnp.min(numbers, axis, keepdims=True)
 
 
 def total(left: Array, others: Array) -> Array:

@@ -34,10 +34,9 @@ from ._chunks import (
     transform_of,
     zero_gradients,
 )
-from ._classes import first_best
 from ._dense import set_sums
 from ._numerics import compute_dtype
-from ._rows import RowSums, Transform, merge
+from ._rows import RowSums, Transform, first_best, merge
 from ._xla import packed, scatter_slice, unpacked
 
 Floats = tuple[Head, Array, RowSums]  # head, shift and the cotangents of the sums
@@ -153,7 +152,7 @@ def sums_pass(plan: Plan, head: Head, fixed: Fixed, keep: bool = False) -> Any:
             apart, target, stays = target, None, has_target
         change = shift - jnp.maximum(shift, top)
         shift = jnp.maximum(shift, top)
-        part = _chunk_sums(plan, head, chunk, logits, transform, shift, (apart, target))
+        part = _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
         sums = merge(sums.rebase(change), part, stays, has_target)
         return (shift, sums, best), logits if keep else None
 
@@ -168,7 +167,6 @@ def sums_pass(plan: Plan, head: Head, fixed: Fixed, keep: bool = False) -> Any:
 
 def _chunk_sums(
     plan: Plan,
-    head: Head,
     chunk: Chunk,
     logits: Array,
     transform: Transform,
@@ -177,7 +175,7 @@ def _chunk_sums(
 ) -> RowSums:
     mass = chunk.head.mass
     if mass is not None:
-        mass = chunk_mass(plan, chunk, head.kernel.shape[plan.class_axis], mass)
+        mass = chunk_mass(chunk, mass)
     return set_sums(-1, plan.stats, logits, transform, shift, chunk.class_mask, index, mass)
 
 
@@ -194,7 +192,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed], tangents: Any) -> Any:
         logits = chunk_logits(plan, chunk.head)
         apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
         transform = transform_of(head, fixed)
-        return _chunk_sums(plan, head, chunk, logits, transform, shift, (apart, target))
+        return _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(d_sums: RowSums, i: Array) -> tuple[RowSums, None]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._axes import meshes, vary_like
+from ._classes import along
 from ._forms import chosen
 from ._numerics import finite_exp
 
@@ -108,8 +109,7 @@ def class_numbers(x: Array, axis: int) -> Array:
 
 
 def _numbers(x: Array, axis: int) -> Array:
-    others = [i for i in range(x.ndim) if i != axis % x.ndim]
-    return jnp.expand_dims(jnp.arange(x.shape[axis], dtype=jnp.int32), others)
+    return along(axis, x.ndim, jnp.arange(x.shape[axis], dtype=jnp.int32))
 
 
 # The value at one class of each row.

@@ -93,7 +93,7 @@ def test_counting_counts():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_program_has_no_effects(name):
+def test_law_14_a_program_has_no_effects(name):
     function, x = LOSSES[name]
     for f in (function, jax.grad(function), jax.hessian(function)):
         jaxpr = jax.make_jaxpr(f)(x)
@@ -107,7 +107,7 @@ def test_a_program_has_no_effects(name):
     [lambda f: f, jax.grad, jax.value_and_grad, lambda f: lambda x: jax.vmap(f)(x[None])],
     ids=["value", "gradient", "both", "vmap"],
 )
-def test_a_second_eager_call_traces_and_compiles_nothing(name, transform):
+def test_law_14_a_second_eager_call_traces_and_compiles_nothing(name, transform):
     function, x = LOSSES[name]
     for _ in range(2):
         jax.block_until_ready(transform(function)(x))
@@ -126,7 +126,7 @@ NUMBERS = {  # values of a number that the same program takes
 
 @pytest.mark.parametrize("argument", NUMBERS)
 @pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
-def test_another_number_is_no_other_program(function, argument):
+def test_law_14_another_number_is_no_other_program(function, argument):
     arrays = (X,) if function == "cross_entropy" else (H, K)
     first, *others = NUMBERS[argument]
 
@@ -142,7 +142,7 @@ def test_another_number_is_no_other_program(function, argument):
             call(value)
 
 
-def test_another_weight_is_no_other_program():
+def test_law_14_another_weight_is_no_other_program():
     weighted = jaxent.CrossEntropyLoss(weight=W)
     jitted = jax.jit(lambda loss, x: loss(x, Y))
     weighted.weight = np.ones(6, "float32")
@@ -157,7 +157,7 @@ def test_another_weight_is_no_other_program():
         jaxent.cross_entropy(np.asarray(X), np.asarray(Y, "int64"), weight=W, sample_weight=S)
 
 
-def test_a_loop_of_new_objects_compiles_once():
+def test_law_14_a_loop_of_new_objects_compiles_once():
     for step in range(3):
         loss = jaxent.CrossEntropyLoss(label_smoothing=0.1 + step / 100)
         if step < 2:
@@ -168,7 +168,7 @@ def test_a_loop_of_new_objects_compiles_once():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_program_is_exported_and_serialized(name):
+def test_law_14_a_program_is_exported_and_serialized(name):
     pytest.importorskip("flatbuffers")
     function, x = LOSSES[name]
     for f in (function, jax.grad(function)):
@@ -195,7 +195,7 @@ assert "jaxent" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["cross_entropy, every option", "linear_cross_entropy"])
-def test_a_fresh_process_computes_the_same_bits(name, tmp_path):
+def test_law_14_a_fresh_process_computes_the_same_bits(name, tmp_path):
     pytest.importorskip("flatbuffers")
     function, x = LOSSES[name]
     jitted = jax.jit(jax.value_and_grad(function))
@@ -220,7 +220,7 @@ print(len(hits))
 """
 
 
-def test_a_second_process_finds_the_program_in_the_compilation_cache(tmp_path):
+def test_law_14_a_second_process_finds_the_program_in_the_compilation_cache(tmp_path):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -261,7 +261,7 @@ SYMBOLIC = {
 }
 
 
-def test_the_number_of_classes_may_be_symbolic_where_logits_are():
+def test_law_14_the_number_of_classes_may_be_symbolic_where_logits_are():
     b, c = jax.export.symbolic_shape("b, c")
     x, y = jax.ShapeDtypeStruct((b, c), "float32"), jax.ShapeDtypeStruct((b,), "int32")
     for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1}):
@@ -272,7 +272,7 @@ def test_the_number_of_classes_may_be_symbolic_where_logits_are():
 
 
 @pytest.mark.parametrize("name", SYMBOLIC)
-def test_the_number_of_examples_may_be_symbolic(name):
+def test_law_14_the_number_of_examples_may_be_symbolic(name):
     function, width = SYMBOLIC[name]
     (b,) = jax.export.symbolic_shape("b")
     x, y = jax.ShapeDtypeStruct((b, width), "float32"), jax.ShapeDtypeStruct((b,), "int32")

@@ -62,7 +62,7 @@ def test_the_calls_are_what_these_tests_need():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whole_equals_the_reference(case):
+def test_law_2_whole_equals_the_reference(case):
     expected = jit(with_gradients(call(case, WHOLE, reference)))(given(case))
     assert_equal(whole(case), expected)
 
@@ -72,13 +72,13 @@ def test_whole_equals_the_reference(case):
     [(way, case) for way in ("shard_map", "vmap") for case in CASES]
     + [(way, case) for way in ("shard_map, check_vma=False", "pmap of vmap") for case in FULLEST],
 )
-def test_loss_and_gradient_outside_the_mapped_function_equal_the_whole(case, way):
+def test_law_11_loss_and_gradient_outside_the_mapped_function_equal_the_whole(case, way):
     mapped = WAYS[way](call(case, MAPPED))
     assert_equal(jit(with_gradients(mapped))(given(case)), whole(case))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_inside_a_checked_shard_map_equals_the_whole(case):
+def test_law_11_gradient_inside_a_checked_shard_map_equals_the_whole(case):
     evaluated = with_gradients(call(case, MAPPED))
     mapped = WAYS["shard_map"](evaluated, floats(given(case)))
     assert_equal(jit(mapped)(given(case)), whole(case))
@@ -86,7 +86,7 @@ def test_gradient_inside_a_checked_shard_map_equals_the_whole(case):
 
 @pytest.mark.parametrize("way", ["vmap", "pmap of vmap", "shard_map, check_vma=False"])
 @pytest.mark.parametrize("case", FULLEST)
-def test_gradient_inside_other_maps_is_right_after_pmean_and_division(case, way):
+def test_law_11_gradient_inside_other_maps_is_right_after_pmean_and_division(case, way):
     def corrected(tree):
         value, gradients = with_gradients(call(case, MAPPED))(tree)
         for name, gradient in gradients.items():

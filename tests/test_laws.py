@@ -38,7 +38,7 @@ ULPS = 32
 @pytest.mark.usefixtures("sums")
 @examples(60)
 @given(calls(EVERY_OPTION))
-def test_cross_entropy_equals_its_reference(call):
+def test_law_2_cross_entropy_equals_its_reference(call):
     actual = evaluate(jaxent.cross_entropy, call)
     assert_same(actual, evaluate(reference.cross_entropy, call), ULPS)
 
@@ -46,14 +46,14 @@ def test_cross_entropy_equals_its_reference(call):
 @pytest.mark.usefixtures("sums")
 @examples(30)
 @given(calls(NLL_OPTIONS))
-def test_nll_equals_its_reference(call):
+def test_law_2_nll_equals_its_reference(call):
     assert_same(evaluate(jaxent.nll, call), evaluate(reference.nll, call), ULPS)
 
 
 @pytest.mark.usefixtures("sums")
 @examples(30)
 @given(extreme_calls(EVERY_OPTION))
-def test_cross_entropy_equals_its_reference_at_extremes(call):
+def test_law_2_cross_entropy_equals_its_reference_at_extremes(call):
     actual, expected = (evaluate(m.cross_entropy, call) for m in (jaxent, reference))
     if not np.all(np.isfinite(expected[0])):
         # Forward mode has no rule for a scale whose logit is infinite: only a loss can show that.
@@ -65,7 +65,7 @@ def test_cross_entropy_equals_its_reference_at_extremes(call):
 @pytest.mark.usefixtures("sums")
 @law
 @given(extreme_calls(EVERY_OPTION, ["NaN"]))
-def test_nan_that_counts_shows_where_its_reference_has_it(call):
+def test_law_2_nan_that_counts_shows_where_its_reference_has_it(call):
     """Beside the loss in its row's gradient; what examples share may be NaN in part."""
     (loss, gradients), (expected, expected_gradients) = (
         evaluate(m.cross_entropy, call) for m in (jaxent, reference)
@@ -76,7 +76,7 @@ def test_nan_that_counts_shows_where_its_reference_has_it(call):
 
 @examples(15)
 @given(extreme_calls(NLL_OPTIONS))
-def test_nll_equals_its_reference_at_extremes(call):
+def test_law_2_nll_equals_its_reference_at_extremes(call):
     assert_same(evaluate(jaxent.nll, call), evaluate(reference.nll, call), ULPS)
 
 
@@ -89,7 +89,7 @@ def test_cross_entropy_is_the_same_without_jit(call):
 
 @law
 @given(calls(("class_mask",)))
-def test_log_softmax_equals_its_reference(call):
+def test_law_2_log_softmax_equals_its_reference(call):
     def scores(function):
         def loss(logits, targets, axis, class_mask=None):
             log_probs = function(logits, axis, class_mask=class_mask)
@@ -108,7 +108,7 @@ def test_log_softmax_equals_its_reference(call):
 
 @law
 @given(calls(("weight", "ignore_index", "sample_weight"), targets=["indices"]))
-def test_total_weight_equals_its_reference_and_what_mean_divides_by(call):
+def test_law_2_total_weight_equals_its_reference_and_what_mean_divides_by(call):
     keywords = {
         k: call.get(k, -100 if k == "ignore_index" else None)
         for k in ("weight", "ignore_index", "sample_weight")
@@ -123,7 +123,7 @@ def test_total_weight_equals_its_reference_and_what_mean_divides_by(call):
 
 @law
 @given(calls(NLL_OPTIONS, dtypes=HALF_AND_SINGLE))
-def test_composition(call):
+def test_law_1_cross_entropy_is_nll_of_log_softmax(call):
     def composed(logits, targets, axis, **keywords):
         return jaxent.nll(jaxent.log_softmax(logits, axis), targets, axis=axis, **keywords)
 
@@ -138,7 +138,7 @@ def test_composition(call):
 
 @law
 @given(calls(("weight", "sample_weight", "label_smoothing", "z_loss"), targets=["indices"]))
-def test_one_hot(call):
+def test_law_3_indices_equal_one_hot_probabilities(call):
     call = call.replace(reduction="none")
     one_hot = jax.nn.one_hot(call.targets.astype(int), call.shape[call.axis], axis=call.axis)
     as_probabilities = call.replace(targets=np.asarray(one_hot))
@@ -151,7 +151,7 @@ def test_one_hot(call):
 
 @law
 @given(calls(("sample_weight", "label_smoothing"), targets=["indices"]))
-def test_one_hot_in_the_mean_without_class_weights(call):
+def test_law_3_indices_equal_one_hot_probabilities_in_the_mean(call):
     one_hot = jax.nn.one_hot(call.targets.astype(int), call.shape[call.axis], axis=call.axis)
     loss, _ = evaluate(jaxent.cross_entropy, call)
     same, _ = evaluate(jaxent.cross_entropy, call.replace(targets=np.asarray(one_hot)))
@@ -163,7 +163,7 @@ def test_one_hot_in_the_mean_without_class_weights(call):
     calls(("weight", "ignore_index", "sample_weight", "class_mask", "z_loss", "softcap")),
     st.floats(0, 1, width=32),
 )
-def test_smoothing(call, smoothing):
+def test_law_4_smoothing_is_a_mixture_with_uniform_targets(call, smoothing):
     call = call.replace(reduction="none")
     if (mask := call.get("class_mask")) is not None:
         exists = full_mask(mask, call.shape, call.axis)
@@ -196,7 +196,7 @@ def test_smoothing(call, smoothing):
     calls(("weight", "ignore_index", "label_smoothing", "reduction"), dtypes=HALF_AND_SINGLE),
     st.integers(-16, 16),
 )
-def test_shift(call, shift):
+def test_law_5_a_shift_of_all_logits_changes_nothing(call, shift):
     # Quarters below 4 and integers up to 16 add exactly in 8 bits.
     quarters = np.round(np.clip(call.floats["logits"].astype("float32"), -3.75, 3.75) * 4) / 4
     call = call.replace(logits=quarters.astype(call.dtype))
@@ -210,7 +210,7 @@ def test_shift(call, shift):
 
 @law
 @given(calls(EVERY_OPTION, dtypes=HALF_AND_SINGLE), st.integers(0, 2**32 - 1))
-def test_permutation(call, seed):
+def test_law_6_a_permutation_of_the_classes_changes_nothing(call, seed):
     axis, num_classes = call.axis, call.shape[call.axis]
     order = np.random.default_rng(seed).permutation(num_classes)
     place = np.argsort(order)
@@ -243,7 +243,7 @@ def test_permutation(call, seed):
 
 @law
 @given(calls(EVERY_OPTION, dtypes=HALF_AND_SINGLE), st.data())
-def test_axis(call, data):
+def test_law_7_moving_the_class_axis_changes_nothing(call, data):
     axis = data.draw(st.integers(-len(call.shape), len(call.shape) - 1))
 
     def moved(array):
@@ -264,7 +264,7 @@ def test_axis(call, data):
 
 @law
 @given(calls(EVERY_OPTION, BATCHED, HALF_AND_SINGLE), st.integers(0, 2**32 - 1))
-def test_uncounted_example_acts_as_deleted(call, seed):
+def test_law_8_uncounted_example_acts_as_deleted(call, seed):
     random = np.random.default_rng(seed)
     if call.get("sample_weight") is not None and call.get("sample_weight").size == 1:
         call = call.replace(sample_weight=None)
@@ -329,7 +329,7 @@ def test_uncounted_example_acts_as_deleted(call, seed):
     ),
     st.integers(0, 2**32 - 1),
 )
-def test_excluded_class_acts_as_deleted(call, seed):
+def test_law_8_excluded_class_acts_as_deleted(call, seed):
     random = np.random.default_rng(seed)
     axis, num_classes = call.axis, call.shape[call.axis]
     exists = random.uniform(size=num_classes) < 0.6
@@ -370,7 +370,7 @@ def test_excluded_class_acts_as_deleted(call, seed):
 @given(
     calls(("weight", "ignore_index", "sample_weight", "class_mask", "label_smoothing", "reduction"))
 )
-def test_gradient_of_a_row_sums_to_zero(call):
+def test_law_9_gradient_of_a_row_sums_to_zero(call):
     loss, grads = evaluate(jaxent.cross_entropy, call)
     assert np.all(np.isfinite(loss))
     grad = grads["logits"].astype("float64")
@@ -382,7 +382,7 @@ def test_gradient_of_a_row_sums_to_zero(call):
 @pytest.mark.parametrize("made_forward", [False, True])
 @law
 @given(head_calls(EVERY_OPTION))
-def test_head(made_forward, call):
+def test_law_10_head_equals_cross_entropy_of_its_logits(made_forward, call):
     # Gradients in the forward pass are for wide kernels, too slow for here.
     with gradients_in_the_forward_pass(made_forward):
         actual = evaluate(jaxent.linear_cross_entropy, call)
@@ -395,7 +395,7 @@ def gradients_in_the_forward_pass(wanted):
 
 @law
 @given(calls(EVERY_OPTION, BATCHED, HALF_AND_SINGLE))
-def test_batching(call):
+def test_law_12_vmap_of_one_example_equals_the_batch(call):
     call = call.replace(reduction="none")
     rows = call.cotangent.shape
     if (weight := call.get("sample_weight")) is not None:
@@ -455,21 +455,21 @@ def over_halves_of_the_classes(function):
 
 @law
 @given(calls(EVERY_OPTION, SPLIT))
-def test_split_classes(call):
+def test_law_11_split_classes_equal_the_whole(call):
     actual = evaluate(over_halves_of_the_classes(jaxent.cross_entropy), call)
     assert_same(actual, evaluate(jaxent.cross_entropy, call), ULPS)
 
 
 @examples(6)
 @given(calls(NLL_OPTIONS, SPLIT))
-def test_split_log_probabilities(call):
+def test_law_11_split_log_probabilities_equal_the_whole(call):
     actual = evaluate(over_halves_of_the_classes(jaxent.nll), call)
     assert_same(actual, evaluate(jaxent.nll, call), ULPS)
 
 
 @law
 @given(head_calls(EVERY_OPTION, [call for call in SPLIT if call[1] == len(call[0]) - 1]))
-def test_head_of_split_classes(call):
+def test_law_11_head_of_split_classes_equals_the_whole(call):
     actual = evaluate(over_halves_of_the_classes(jaxent.linear_cross_entropy), call)
     assert_same(actual, evaluate(jaxent.linear_cross_entropy, call), 2 * ULPS)
 

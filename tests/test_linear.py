@@ -32,7 +32,7 @@ def problem(tokens, width, classes, dtype="float32", seed=0):
 @forms
 @few
 @given(head_calls(EVERY_OPTION, ROWS, ["float32", "bfloat16"]), st.integers(0, 2**32 - 1))
-def test_nan_of_uncounted_tokens_reaches_nothing(made_forward, call, seed):
+def test_law_8_nan_of_uncounted_tokens_reaches_nothing(made_forward, call, seed):
     rows = call.cotangent.shape
     gone = np.random.default_rng(seed).uniform(size=rows) < 0.5
     weight = np.broadcast_to(call.get("sample_weight", np.ones(rows, "float32")), rows)
@@ -52,7 +52,7 @@ def test_nan_of_uncounted_tokens_reaches_nothing(made_forward, call, seed):
 @forms
 @few
 @given(head_calls(("weight", "label_smoothing", "reduction"), ROWS, ["float32", "bfloat16"]))
-def test_nan_of_an_excluded_class_reaches_nothing(made_forward, call):
+def test_law_8_nan_of_an_excluded_class_reaches_nothing(made_forward, call):
     exists = np.ones(call.shape[-1], bool)
     exists[[0, -1]] = False
     if "targets" in call.floats:
@@ -279,7 +279,7 @@ def test_as_exact_as_dense(made_forward, dtype):
         targets=["indices"],
     )
 )
-def test_token_stats_equal_their_reference(call):
+def test_law_2_token_stats_equal_their_reference(call):
     random = np.random.default_rng(0)
     cotangents = random.normal(size=(3, *call.cotangent.shape)).astype("float32")
 

@@ -30,7 +30,7 @@ def lay_out(mesh, tree, specs):
 
 @kinds
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradient_equal_the_whole_and_are_split_like_their_arguments(case, kind):
+def test_law_11_loss_and_gradient_equal_the_whole_and_are_split_like_their_arguments(case, kind):
     mesh = make_mesh(kind, data=2, model=4)
     with jax.set_mesh(mesh):
         tree = lay_out(mesh, given(case), specs(given(case)))

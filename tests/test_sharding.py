@@ -270,7 +270,7 @@ def test_the_batch_is_what_these_tests_need():
     [(way, name) for way in ("vmap", "shard_map") for name in LOSSES]
     + [(way, name) for way in ("pmap", "shard_map, check_vma=False") for name in FULLEST],
 )
-def test_loss_and_gradient_outside_the_mapped_function_equal_the_whole(name, way):
+def test_law_11_loss_and_gradient_outside_the_mapped_function_equal_the_whole(name, way):
     function, sharded, shared, static = LOSSES[name]
     mapped = WAYS[way](functools.partial(function, axis_name="data", **static), False)
     actual = jit(functools.partial(value_and_grads, mapped))(sharded, shared)
@@ -278,7 +278,7 @@ def test_loss_and_gradient_outside_the_mapped_function_equal_the_whole(name, way
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient_inside_a_checked_shard_map_equals_the_whole(name):
+def test_law_11_gradient_inside_a_checked_shard_map_equals_the_whole(name):
     function, sharded, shared, static = LOSSES[name]
     loss = functools.partial(function, axis_name="data", **static)
     mapped = WAYS["shard_map"](
@@ -290,7 +290,7 @@ def test_gradient_inside_a_checked_shard_map_equals_the_whole(name):
 
 @pytest.mark.parametrize("way", ["vmap", "pmap", "shard_map, check_vma=False"])
 @pytest.mark.parametrize("name", FULLEST)
-def test_gradient_inside_other_maps_is_right_after_pmean_and_division(name, way):
+def test_law_11_gradient_inside_other_maps_is_right_after_pmean_and_division(name, way):
     function, sharded, shared, static = LOSSES[name]
     loss = functools.partial(function, axis_name="data", **static)
 
