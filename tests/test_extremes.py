@@ -337,6 +337,18 @@ def test_predictions_of_nan_and_of_no_class_are_argmax(module):
     assert module.token_stats(logits, [1, 1]).prediction[0] == 1
 
 
+@pytest.mark.parametrize("num_classes", [127, 128, 1000, 5000])
+def test_predictions_of_many_classes_are_argmax(num_classes):
+    random = np.random.default_rng(num_classes)
+    logits = random.integers(0, num_classes, (40, num_classes)).astype("float32")  # with equals
+    stats = jaxent.token_stats(logits, np.zeros(40, "int32"))
+    np.testing.assert_array_equal(stats.prediction, logits.argmax(-1))
+    half = jnp.asarray(logits, "bfloat16")
+    stats = jaxent.token_stats(half, np.zeros(40, "int32"), class_mask=jnp.arange(num_classes) > 3)
+    expected = half.at[:, :4].set(-jnp.inf).argmax(-1)
+    np.testing.assert_array_equal(stats.prediction, expected)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 2, 3])
 def test_entropy_over_chunks_of_the_smallest_logits_is_finite(chunk_size):
     lowest = np.finfo("float32").min

@@ -1,5 +1,6 @@
 """The head and the loss in one: beyond the head law, what streaming must not change."""
 
+import functools
 import itertools
 
 import hypothesis.strategies as st
@@ -484,6 +485,18 @@ def test_a_class_that_no_counted_token_has_may_be_nan(made_forward, kind, dtype,
             np.testing.assert_array_equal(
                 gradient.astype("float32"), wanted.astype("float32"), err_msg=str(bad)
             )
+
+
+@forms
+def test_a_class_of_nan_that_a_counted_token_has_shows_beside_a_mask(made_forward):
+    hidden, kernel = jnp.ones((2, 3)), jnp.ones((3, 4)).at[:, 2].set(jnp.nan)
+    mask = jnp.array([[True, True, True, False], [True, True, False, False]])
+    with gradients_in_the_forward_pass(made_forward):
+        loss = functools.partial(jaxent.linear_cross_entropy, class_mask=mask, chunk_size=3)
+        value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, kernel, jnp.array([0, 1]))
+    assert jnp.isnan(value)
+    assert jnp.isnan(gradients[0][0]).all()
+    assert jnp.isnan(gradients[1][:, 2]).all()
 
 
 def test_no_number_of_a_class_goes_through_a_float():

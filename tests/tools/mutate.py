@@ -134,6 +134,10 @@ _THEN = {
         "laws::law_11_split_log_probabilities_equal_the_whole",
         "laws::law_11_split_classes_equal_the_whole",
         "class_sharding::prediction_of_split_classes_is_the_first_of_equals",
+        "class_sharding::law_11_loss_and_gradient_outside_the_mapped_function_equal_the_whole",
+        "extremes::class_weights_that_nobody_asks_for_reach_no_derivative_of_smoothing",
+        "extremes::predictions_of_many_classes_are_argmax",
+        "linear::dense_token_stats_are_those_of_the_head",
         "class_sharding::what_is_not_finite_is_as_loud_as_in_whole_rows",
     ],
     "head": [
@@ -149,6 +153,8 @@ _THEN = {
         "confidence::law_13_a_nearly_certain_token_of_a_head_is_exact",
         "laws::law_11_head_of_split_classes_equals_the_whole",
         "linear::a_class_that_no_counted_token_has_may_be_nan",
+        "linear::a_class_of_nan_that_a_counted_token_has_shows_beside_a_mask",
+        "mesh::law_11_loss_and_gradient_equal_the_whole_and_are_split_like_their_arguments",
     ],
 }
 
