@@ -22,6 +22,7 @@ QUESTIONS = (
     "dense_speed",
     "dense_compiled",
     "head_speed",
+    "head_ignored",
     "head_memory",
     "sharded",
     "compile_time",
@@ -34,6 +35,7 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 ENVIRONMENT = {
     "dense_compiled": {"JAX_PLATFORMS": "cpu"},
     "head_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
+    "head_ignored": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "dense_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "head_memory": {"JAX_PLATFORMS": "cpu"},
     "call_cost": {"JAX_PLATFORMS": "cpu"} | QUIET,

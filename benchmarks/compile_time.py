@@ -4,8 +4,8 @@ A run clears JAX's caches, then lowers and compiles a jitted function, with no c
 disk: alone, with its gradient, or in a training step (a two-layer network and optax's adam).
 optax is its loss of class indices, behind `hidden @ kernel` for the head; plain is the same
 function in `jax.numpy`: of cross_entropy with what optax's leaves out, which is ignored targets,
-NaN for others out of range, and losses near 0 to their last digit. Imports run in a Python process of their own; plain
-is then the import of what jaxent is built on.
+NaN for others out of range, and losses near 0 to their last digit. Imports run in a Python process
+of their own; plain is then the import of what jaxent is built on.
 """
 
 import functools

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._axes import Names, num_shards, vary_like
+from ._forms import chosen
 from ._numerics import compute_dtype
 from ._rows import RowSums, Transform, row_gradients
 from ._targets import TargetMass
-from ._xla import add_slice, slice_of_bits, take_slice, with_cpu_plan
+from ._tokens import Blocks
+from ._xla import add_slice, is_widened_on_cpu, slice_of_bits, take_slice, with_cpu_plan
 
 Result = TypeVar("Result")
 # Writes a slice of a gradient: (total, part, start, axis).
@@ -26,6 +28,10 @@ MIN_CHUNK_CLASSES = 1024
 # What a chunk's part of the kernel may take in float32, for few tokens: 64 of them, and 32000
 # classes, took 800 MB on a TPU.
 KERNEL_CHUNK_BYTES = 2**25
+# Tokens that are gone over together, and what all their float32 logits may take.
+BLOCK_TOKENS = 512
+LOGITS_BLOCK_BYTES = 60 * 2**20
+MIN_BLOCK_TOKENS = 128
 # What a shard of the width gives at least to the gather of a chunk. Of 256 chips of a TPU, XLA
 # makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
 # of 74 kB. (`python -m benchmarks.pod` prints both.)
@@ -42,7 +48,8 @@ class Plan:
     precision: Any = None
     stats: bool = False  # whether to return the moment and the most probable class
     made_forward: bool = False  # whether gradients are, of a scalar
-    block: int = 0  # tokens that are gone over together then
+    block: int = 0  # tokens that are gone over together; 0 for all
+    skip: bool = False  # whether those that do not count are in no block
     width: Names = ()  # mapped axes over which the kernel's width is split
     gathered: Names = ()  # the same, of those that no chunk can be gathered over
     cpu: bool = False
@@ -51,11 +58,16 @@ class Plan:
 class Head(NamedTuple):
     """What is differentiated; or its gradients."""
 
-    hidden: Array  # (N, D)
+    hidden: Any  # (N, D); None in what is of the classes alone
     kernel: Any  # (D, C) or (C, D), or this shard's part of D; None in a tree of the others
     bias: Array | None  # (1, C)
     mass: TargetMass | None  # its arrays scalars, (N, 1), (1, C) or (N, C)
     scale: Any = None  # of the logits, a scalar
+
+    def by_token(self, function: Any) -> "Head":
+        """Return the head with what is of each token put through a function."""
+        mass = None if self.mass is None else self.mass.by_token(function)
+        return self._replace(hidden=function(self.hidden), mass=mass)
 
 
 class Fixed(NamedTuple):
@@ -67,14 +79,46 @@ class Fixed(NamedTuple):
     softcap: Any = None
     best: Array | None = None  # int32, (N, 1): the most probable class, once it is known
 
+    def by_token(self, function: Any) -> "Fixed":
+        """Return it with what is of each token put through a function."""
+        mask = self.class_mask
+        return self._replace(
+            class_mask=mask if mask is None or mask.shape[0] == 1 else function(mask),
+            **{
+                name: function(value)
+                for name in ("target", "uncounted", "best")
+                if (value := getattr(self, name)) is not None
+            },
+        )
 
-@dataclasses.dataclass(frozen=True)
-class Chunk:
+
+class Around(NamedTuple):
+    """What the gradients of a chunk need to know of all chunks."""
+
+    shift: Array  # (N, 1)
+    cotangents: RowSums  # of the sums over all classes
+
+    def by_token(self, function: Any) -> "Around":
+        """Return it put through a function."""
+        mapped: Around = jax.tree.map(function, self)
+        return mapped
+
+
+class Chunk(NamedTuple):
+    """A chunk of the classes."""
+
     head: Head  # its tables cut to the chunk; see `chunk_mass`
     class_mask: Array | None  # of the classes that exist, and that no earlier chunk had
     start: Array
     first: Array  # the first class that no earlier chunk had
     fresh: Array | None  # (1, chunk): which classes none had; None where chunks do not overlap
+
+    def by_token(self, function: Any) -> "Chunk":
+        """Return the chunk with what is of each token put through a function."""
+        mask = self.class_mask
+        if mask is not None and mask.shape[0] != 1:
+            mask = function(mask)
+        return self._replace(head=self.head.by_token(function), class_mask=mask)
 
     def local_index(self, index: Array | None) -> Array | None:
         """Return the index relative to the chunk; outside of it for other chunks' classes."""
@@ -99,9 +143,9 @@ def keeps_best_apart(plan: Plan, fixed: Fixed) -> bool:
 def on_platform(function: Callable[..., Result], plan: Plan, *arguments: Any) -> Result:
     """Call the function with the plan of the platform.
 
-    On CPU, half precision is computed in float32, which XLA would turn it into anyway.
+    On a CPU, half precision that XLA turns into float32 anyway is computed in float32.
     """
-    if jnp.finfo(plan.dtype).bits > 16:
+    if not is_widened_on_cpu(plan.dtype):
         return function(plan, *arguments)
     return with_cpu_plan(function, plan, dataclasses.replace(plan, cpu=True), *arguments)
 
@@ -213,12 +257,22 @@ def zero_gradients(plan: Plan, head: Head) -> Head:
     return vary_like(head.hidden, zeros)
 
 
+def blocks_of(plan: Plan, fixed: Fixed) -> Blocks:
+    return Blocks.of(plan.block, fixed.uncounted, plan.skip)
+
+
+def whole(plan: Plan) -> Plan:
+    """Return the plan that goes over all tokens together."""
+    return dataclasses.replace(plan, block=0, skip=False)
+
+
 def accumulate(
     plan: Plan, head: Head, total: Head, part: Head, start: Array, add: Add | None = None
 ) -> Head:
     """Add a chunk's gradients to the whole's, of which it has a slice, or all.
 
-    The kernel's is written once, in its dtype, unless `add` is there to add it.
+    The kernel's is written once, in its dtype, unless `add` is there to add it. Hidden's are left
+    to the caller where the part has none.
     """
     num_classes = head.kernel.shape[plan.class_axis]
     kernel = part.kernel
@@ -239,50 +293,52 @@ def accumulate(
         bias = add_columns(bias, part.bias)
     if mass is not None and part.mass is not None:
         columns = mass.by_class(add_columns, part.mass)
-        sums = jax.tree.map(jnp.add, mass.without_classes(), part.mass.without_classes())
-        mass = dataclasses.replace(sums, probabilities=columns.probabilities, weight=columns.weight)
+        smoothing = None if mass.smoothing is None else mass.smoothing + part.mass.smoothing
+        mass = dataclasses.replace(columns, smoothing=smoothing)
     scale = None if total.scale is None else total.scale + part.scale
-    return Head(total.hidden + part.hidden, kernel, bias, mass, scale)
+    hidden = total.hidden if part.hidden is None else total.hidden + part.hidden
+    return Head(hidden, kernel, bias, mass, scale)
 
 
 def chunk_gradients(
-    plan: Plan,
-    floats: tuple[Head, Array, RowSums],
-    fixed: Fixed,
-    i: Array,
-    logits: Array | None = None,
-) -> tuple[Array, Head]:
-    """Return where a chunk starts and what it adds to the gradients."""
-    head, shift, cotangents = floats
-    chunk = read_chunk(plan, head, fixed, i)
+    plan: Plan, around: Around, chunk: Chunk, fixed: Fixed, logits: Array | None = None
+) -> Head:
+    """Return what a chunk adds to the gradients."""
+    head = chunk.head
     if logits is None:
-        logits = chunk_logits(plan, chunk.head)
+        logits = chunk_logits(plan, head)
     q, pull = None, None
     if head.mass is not None:
 
         def values(mass: TargetMass) -> Array:
             return chunk_mass(chunk, mass).values(chunk.class_mask)
 
-        q, pull = jax.vjp(values, chunk.head.mass)
+        q, pull = jax.vjp(values, head.mass)
     apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
     d_logits, d_transform, d_q = row_gradients(
         -1,
         transform_of(head, fixed),
         logits,
-        shift,
+        around.shift,
         chunk.class_mask,
         (apart, target),
         q,
-        cotangents,
+        around.cotangents,
     )
-    d_hidden, d_kernel = _matmul_gradients(plan, chunk.head, d_logits)
-    if plan.width:
-        d_kernel = jax.lax.psum_scatter(
-            d_kernel, plan.width, scatter_dimension=1 - plan.class_axis, tiled=True
-        )
+    d_hidden, d_kernel = _matmul_gradients(plan, head, d_logits)
     d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
     d_mass = None if pull is None else pull(d_q)[0]
-    return chunk.start, Head(d_hidden, d_kernel, d_bias, d_mass, d_transform.scale)
+    return Head(d_hidden, d_kernel, d_bias, d_mass, d_transform.scale)
+
+
+def scatter_width(plan: Plan, gradients: Head) -> Head:
+    """Return the gradients with this shard's part of the kernel's, summed over the shards."""
+    if not plan.width:
+        return gradients
+    kernel = jax.lax.psum_scatter(
+        gradients.kernel, plan.width, scatter_dimension=1 - plan.class_axis, tiled=True
+    )
+    return gradients._replace(kernel=kernel)
 
 
 def choose_chunk(plan: Plan, head: Head) -> int:
@@ -296,6 +352,37 @@ def choose_chunk(plan: Plan, head: Head) -> int:
         column = width // num_shards(plan.width) * plan.dtype.itemsize
         size = max(size, min(MIN_GATHER_BYTES // max(column, 1), 16 * logits))
     return balance(head.kernel.shape[plan.class_axis], size, 128)
+
+
+def choose_block(plan: Plan, head: Head) -> int:
+    """Return how many tokens are gone over together; 0 for all."""
+    num_tokens = head.hidden.shape[0]
+    if not isinstance(num_tokens, int) or num_tokens == 0 or not (plan.made_forward or plan.skip):
+        return 0
+    size = chosen("block", _block_size, plan, num_tokens, head.kernel.shape[plan.class_axis])
+    return balance(num_tokens, size) if size else 0
+
+
+def _block_size(plan: Plan, num_tokens: int, num_classes: int) -> int:
+    if plan.made_forward:
+        return whole_logits_block(num_tokens, num_classes)
+    if plan.class_axis == 1 and num_classes % 128:
+        # A TPU, which keeps such a kernel transposed, would copy it whole for a loop over blocks.
+        return 0
+    return max(BLOCK_TOKENS, -(-num_tokens // 8))
+
+
+def whole_logits_block(num_tokens: int, num_classes: int) -> int:
+    """Return how many tokens are gone over together where all their logits are there.
+
+    Two arrays of them are held: a quarter of what the naive form holds, or 120 MB if that is more,
+    and 480 MB at most.
+    """
+    row = 4 * num_classes
+    fitting = min(
+        max(LOGITS_BLOCK_BYTES // row, 2 * num_tokens // 9), 4 * LOGITS_BLOCK_BYTES // row
+    )
+    return min(BLOCK_TOKENS, max(fitting, 1))
 
 
 def blank_hidden(gradients: Head, uncounted: Any) -> Head:

@@ -17,6 +17,7 @@ from jax import Array
 
 from ._axes import vary_alike, vary_like
 from ._chunks import (
+    Around,
     Chunk,
     Fixed,
     Head,
@@ -24,6 +25,7 @@ from ._chunks import (
     accumulate,
     apart_and_target,
     blank_hidden,
+    blocks_of,
     chunk_gradients,
     chunk_logits,
     chunk_mass,
@@ -31,7 +33,9 @@ from ._chunks import (
     keeps_best_apart,
     on_platform,
     read_chunk,
+    scatter_width,
     transform_of,
+    whole,
     zero_gradients,
 )
 from ._dense import set_sums
@@ -39,20 +43,27 @@ from ._numerics import compute_dtype
 from ._rows import RowSums, Transform, first_best, merge
 from ._xla import packed, scatter_slice, unpacked
 
-Floats = tuple[Head, Array, RowSums]  # head, shift and the cotangents of the sums
+Floats = tuple[Head, Around]
+Rows = tuple[Array, RowSums, Any]  # shift, sums and most probable class
 Residuals = tuple[Head, Fixed, Array]
 
 
-def head_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array | None]:
+def head_sums(
+    plan: Plan, head: Head, fixed: Fixed, sample_weight: Array
+) -> tuple[Array, RowSums, Array | None]:
     """Return shift, sums and most probable class of each token, (N, 1), as `_dense` does.
+
+    With `plan.skip` they are those of a single class where a token is uncounted, unless somebody
+    differentiates the sample weight (of which the loss is the derivative) or these sums twice.
 
     Args:
       plan: the static part; with `stats` there is a moment and a most probable class.
       head: hidden states, kernel, bias and target mass.
       fixed: which classes exist, class indices, uncounted tokens and a cap.
+      sample_weight: (N, 1), which is only asked whether it is differentiated.
     """
-    head, fixed = vary_alike(head, fixed)
-    values, best = _packed_sums(plan, head, fixed)
+    head, fixed, sample_weight = vary_alike(head, fixed, sample_weight)
+    values, best = _packed_sums(plan, head, fixed, sample_weight)
     shift, sums = _unpack(plan, head, fixed, values)
     return jax.lax.stop_gradient(shift), sums, best
 
@@ -88,27 +99,45 @@ def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, Array | None]:
-    return _packed_sums_fwd(plan, head, fixed)[0]
+def _packed_sums(
+    plan: Plan, head: Head, fixed: Fixed, sample_weight: Array
+) -> tuple[Array, Array | None]:
+    return _packed_sums_and_residuals(plan, head, fixed, sample_weight)[0]
 
 
-def _packed_sums_fwd(
-    plan: Plan, head: Head, fixed: Fixed
+def _packed_sums_and_residuals(
+    plan: Plan, head: Head, fixed: Fixed, sample_weight: Array
 ) -> tuple[tuple[Array, Array | None], Residuals]:
-    shift, sums, best = streamed_sums(plan, head, fixed)
+    shift, sums, best = streamed_sums(plan, head, fixed, sample_weight)
     # 0 in an uncounted row of NaN: an eager gradient keeps it, where `jax_debug_nans` sees it.
     shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
     return _pack(shift, sums, best), (head, fixed._replace(best=best), shift)
 
 
-def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[Head, None]:
+def _packed_sums_fwd(plan: Plan, *primals: Any) -> Any:
+    primals, (*_, differentiated) = without_perturbation(primals)
+    return _packed_sums_and_residuals(whole(plan) if differentiated else plan, *primals)
+
+
+def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[Head, None, None]:
     head, fixed, shift = residuals
     _, cotangents = _unpack(plan, head, fixed, cotangent[0])
-    gradients = _gradients(plan, (head, shift, cotangents), fixed)
-    return _cast(blank_hidden(gradients, fixed.uncounted), head), None
+    gradients = _gradients(plan, (head, Around(shift, cotangents)), fixed)
+    return blank_hidden(gradients, fixed.uncounted), None, None
 
 
-_packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd)
+_packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd, symbolic_zeros=True)
+
+
+def without_perturbation(primals: tuple[Any, ...]) -> tuple[Any, list[bool]]:
+    """Return what a rule with `symbolic_zeros` gets as values, and which are differentiated."""
+
+    def is_leaf(x: Any) -> bool:
+        return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+    values = jax.tree.map(lambda x: x.value, primals, is_leaf=is_leaf)
+    leaves = [jax.tree.leaves(primal, is_leaf=is_leaf) for primal in primals]
+    return values, [any(leaf.perturbed for leaf in some) for some in leaves]
 
 
 def _cast(gradients: Head, head: Head) -> Head:
@@ -121,48 +150,64 @@ def _cast(gradients: Head, head: Head) -> Head:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def streamed_sums(plan: Plan, head: Head, fixed: Fixed) -> tuple[Array, RowSums, Array | None]:
-    shift, sums, best = on_platform(sums_pass, plan, head, fixed)
-    return shift, sums, best
+def streamed_sums(plan: Plan, head: Head, fixed: Fixed, sample_weight: Array) -> Rows:
+    rows: Rows = on_platform(_sums_pass, plan, head, fixed)
+    return rows
 
 
-def sums_pass(plan: Plan, head: Head, fixed: Fixed, keep: bool = False) -> Any:
+def _sums_pass(plan: Plan, head: Head, fixed: Fixed) -> Rows:
+    blocks = blocks_of(plan, fixed)
+    head, fixed = head.by_token(blocks.first), fixed.by_token(blocks.first)
+
+    def step(rows: Rows, i: Array) -> tuple[Rows, None]:
+        def turn(rows: Rows, chunk: Chunk, fixed: Fixed) -> tuple[Rows, None]:
+            return add_chunk(plan, rows, chunk, fixed, chunk_logits(plan, chunk.head)), None
+
+        return blocks.run(turn, rows, read_chunk(plan, head, fixed, i), fixed)
+
+    rows, _ = jax.lax.scan(step, no_classes(plan, head, fixed), chunk_numbers(plan, head))
+    shift, sums, best = rows
+    if plan.skip:
+        skipped = blocks.unreached()
+        shift, sums = jnp.where(skipped, 0, shift), sums.blank(skipped)
+    back: Rows = jax.tree.map(blocks.back, (shift, sums, best))
+    return back
+
+
+def no_classes(plan: Plan, head: Head, fixed: Fixed) -> Rows:
+    """Return what `add_chunk` begins with."""
     dtype = compute_dtype(plan)
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
-    of_best = keeps_best_apart(plan, fixed)
-    transform = transform_of(head, fixed)
-
-    def step(carry: Any, i: Array) -> Any:
-        shift, sums, best = carry
-        chunk = read_chunk(plan, head, fixed, i)
-        logits = chunk_logits(plan, chunk.head)
-        z = transform(logits)
-        if chunk.class_mask is not None:
-            z = jnp.where(chunk.class_mask, z, -jnp.inf)
-        top = jnp.max(z, -1, keepdims=True)
-        target = chunk.local_index(fixed.target)
-        has_target = None if target is None else (target >= 0) & (target < plan.chunk)
-        apart: Array | None
-        stays: Any
-        if of_best:
-            apart = first_best(z, -1)
-            stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
-            best = jnp.where(stays, chunk.start + apart, best)
-        else:
-            apart, target, stays = target, None, has_target
-        change = shift - jnp.maximum(shift, top)
-        shift = jnp.maximum(shift, top)
-        part = _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
-        sums = merge(sums.rebase(change), part, stays, has_target)
-        return (shift, sums, best), logits if keep else None
-
     # Below all logits, and finite: -inf - -inf is NaN.
     lowest = zeros + jnp.finfo(dtype).min
     none = _sums_like(plan, head, fixed, zeros)._replace(left=zeros - jnp.inf)
-    best = jnp.zeros(zeros.shape, jnp.int32) if of_best else None
-    init = vary_like(head.hidden, (lowest, none, best))
-    out, kept = jax.lax.scan(step, init, chunk_numbers(plan, head))
-    return (out, kept) if keep else out
+    best = jnp.zeros(zeros.shape, jnp.int32) if keeps_best_apart(plan, fixed) else None
+    rows: Rows = vary_like(head.hidden, (lowest, none, best))
+    return rows
+
+
+def add_chunk(plan: Plan, rows: Rows, chunk: Chunk, fixed: Fixed, logits: Array) -> Rows:
+    """Return shift, sums and most probable class with those of one more chunk."""
+    shift, sums, best = rows
+    transform = transform_of(chunk.head, fixed)
+    z = transform(logits)
+    if chunk.class_mask is not None:
+        z = jnp.where(chunk.class_mask, z, -jnp.inf)
+    top = jnp.max(z, -1, keepdims=True)
+    target = chunk.local_index(fixed.target)
+    has_target = None if target is None else (target >= 0) & (target < plan.chunk)
+    apart: Array | None
+    stays: Any
+    if best is not None:
+        apart = first_best(z, -1)
+        stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
+        best = jnp.where(stays, chunk.start + apart, best)
+    else:
+        apart, target, stays = target, None, has_target
+    change = shift - jnp.maximum(shift, top)
+    shift = jnp.maximum(shift, top)
+    part = _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
+    return shift, merge(sums.rebase(change), part, stays, has_target), best
 
 
 def _chunk_sums(
@@ -180,8 +225,10 @@ def _chunk_sums(
 
 
 @streamed_sums.defjvp
-def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed], tangents: Any) -> Any:
-    head, fixed = primals
+def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed, Array], tangents: Any) -> Any:
+    # Of all tokens: a derivative by the weight of an uncounted one asks for its sums.
+    head, fixed, _ = primals
+    plan = whole(plan)
     shift, sums, best = streamed_sums(plan, *primals)
     fixed = fixed._replace(best=best)
     plan = _finer(plan)
@@ -208,41 +255,55 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed], tangents: Any) -> Any:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
-    """Return the gradients of a head, hidden's in float32."""
+    """Return the gradients of a head, in the dtypes of its arrays."""
     return on_platform(_gradients_pass, plan, floats, fixed)
 
 
 def _gradients_pass(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
-    head = floats[0]
+    blocks = blocks_of(plan, fixed)
+    head, around = floats[0].by_token(blocks.first), floats[1].by_token(blocks.first)
+    fixed = fixed.by_token(blocks.first)
 
     def step(total: Head, i: Array) -> tuple[Head, None]:
-        start, part = chunk_gradients(plan, floats, fixed, i)
-        return accumulate(plan, head, total, part, start), None
+        def turn(d_hidden: Array, around: Around, chunk: Chunk, fixed: Fixed) -> tuple[Array, Head]:
+            part = chunk_gradients(plan, around, chunk, fixed)
+            mass = part.mass
+            if mass is not None:  # whose other arrays have no gradient
+                mass = dataclasses.replace(mass, sample_weight=None, share=None)
+            return d_hidden + part.hidden, part._replace(hidden=None, mass=mass)
+
+        chunk = read_chunk(plan, head, fixed, i)
+        d_hidden, part = blocks.run(turn, total.hidden, around, chunk, fixed)
+        total = total._replace(hidden=d_hidden)
+        return accumulate(plan, head, total, scatter_width(plan, part), chunk.start), None
 
     zeros = zero_gradients(plan, head)
     gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
-    return gradients
+    # In the dtype of the result: of float32 the order would be changed in another array.
+    return _cast(gradients, head).by_token(blocks.back)
 
 
 @_gradients.defjvp
 def _gradients_jvp(plan: Plan, primals: tuple[Floats, Fixed], tangents: Any) -> tuple[Head, Head]:
     floats, fixed = primals
     head = floats[0]
+    gradients = _gradients(plan, *primals)
+    plan = _finer(whole(plan))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total: Head, i: Array) -> tuple[Head, None]:
         def part(floats: Floats) -> tuple[Head, Array]:
-            start, gradients = chunk_gradients(plan, floats, fixed, i)
-            return gradients, start
+            head, around = floats
+            chunk = read_chunk(plan, head, fixed, i)
+            gradients = chunk_gradients(plan, around, chunk, fixed)
+            return scatter_width(plan, gradients), chunk.start
 
         _, d_part, start = jax.jvp(part, (floats,), tangents[:1], has_aux=True)
         return accumulate(plan, head, total, d_part, start, scatter_slice), None
 
-    gradients = _gradients(plan, *primals)
-    plan = _finer(plan)
     zeros = zero_gradients(plan, head)
     d_gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
-    return gradients, d_gradients
+    return gradients, _cast(d_gradients, head)
 
 
 def _finer(plan: Plan) -> Plan:

@@ -130,6 +130,16 @@ class TargetMass:
         }
         return dataclasses.replace(self, **parts)
 
+    def by_token(self, function: Any) -> "TargetMass":
+        """Return the mass with what is of each token put through a function."""
+        names = ["probabilities", "sample_weight"]
+        if jnp.ndim(self.share) and self.share.shape[0] != 1:
+            names.append("share")
+        parts = {
+            name: function(value) for name in names if (value := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **parts)
+
     def without_classes(self) -> "TargetMass":
         """Return the mass without what has a class axis."""
         return dataclasses.replace(self, probabilities=None, weight=None)
@@ -170,6 +180,11 @@ class Targets:
     @property
     def uncounted(self) -> Array:
         return self.sample_weight == 0
+
+    def by_token(self, function: Any) -> "Targets":
+        """Return it with what is of each token, and not of all, put through a function."""
+        mapped: Targets = jax.tree.map(lambda x: function(x) if x.ndim else x, self)
+        return mapped
 
 
 def make_targets(

@@ -1,10 +1,11 @@
 """A head's scalar: its gradients made in the forward pass, where that is the faster form.
 
-It goes over blocks of tokens and holds a block's logits between its two passes, so that they
-are computed once: three matmuls instead of four. The price is a float32 kernel gradient to
-add to.
+It goes over blocks of tokens, all classes of a block in one product, and makes the block's
+gradients from its logits at once: three matmuls instead of four. The price is a float32 kernel
+gradient to add to, which for a float32 kernel is the result.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +16,28 @@ from jax import Array
 
 from ._axes import Tree, vary_alike, vary_like
 from ._chunks import (
+    Around,
+    Chunk,
     Fixed,
     Head,
     Plan,
-    accumulate,
-    balance,
     blank_hidden,
+    blocks_of,
     chunk_gradients,
-    chunk_numbers,
+    chunk_logits,
     on_platform,
-    zero_gradients,
+    read_chunk,
+    whole,
 )
 from ._numerics import compute_dtype
 from ._rows import RowSums
-from ._streaming import head_sums, streamed_sums, sums_pass
-from ._xla import add_slice, take_slice
+from ._streaming import (
+    add_chunk,
+    head_sums,
+    no_classes,
+    streamed_sums,
+    without_perturbation,
+)
 
 Terms = Callable[[Any, Array, RowSums], Array]
 Floats = tuple[Head, Any]  # a head, and the float arrays of the terms
@@ -48,18 +56,21 @@ def head_total(
       plan, head, fixed: as in `head_sums`.
       terms: a function of shift and sums that returns a term for each token, (N, 1). It is
         static.
-      rows: float arrays for it, (N, 1) or scalars.
+      rows: float arrays for it, (N, 1) or scalars, in what has a method `by_token`.
     """
     return _total(plan, terms, *vary_alike(head, rows, fixed))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _total(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> Array:
-    shift, sums, _ = streamed_sums(plan, head, fixed)
+    shift, sums, _ = streamed_sums(plan, head, fixed, rows.targets.sample_weight)
     return jnp.sum(terms(rows, shift, sums))
 
 
-def _total_fwd(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> tuple[Array, Any]:
+def _total_fwd(plan: Plan, terms: Terms, *primals: Any) -> tuple[Array, Any]:
+    (head, rows, fixed), _ = without_perturbation(primals)
+    if without_perturbation((primals[1].targets.sample_weight,))[1][0]:
+        plan = dataclasses.replace(plan, skip=False)
     total, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
     gradients = blank_hidden(d_head, fixed.uncounted), d_rows
     like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))
@@ -72,7 +83,7 @@ def _total_bwd(plan: Plan, terms: Terms, residuals: Any, cotangent: Array) -> tu
     return *gradients, None
 
 
-_total.defvjp(_total_fwd, _total_bwd)
+_total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -88,10 +99,11 @@ def _total_and_gradients_jvp(
     plan: Plan, terms: Terms, primals: tuple[Floats, Fixed], tangents: Any
 ) -> Any:
     floats, fixed = primals
+    plan = whole(plan)
 
     def total(floats: Floats) -> Array:
         head, rows = floats
-        shift, sums, _ = head_sums(plan, head, fixed)
+        shift, sums, _ = head_sums(plan, head, fixed, rows.targets.sample_weight)
         return jnp.sum(terms(rows, shift, sums))
 
     def wide(floats: Floats) -> tuple[Array, Floats]:
@@ -109,51 +121,47 @@ def _widen(plan: Plan, gradients: Tree) -> Tree:
 
 
 def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tuple[Array, Floats]:
-    num_tokens = floats[0].hidden.shape[0]
-    size = balance(num_tokens, plan.block)
-    blocks = -(-num_tokens // max(size, 1))  # none of no tokens
+    blocks = blocks_of(plan, fixed)
+    head, rows = floats[0].by_token(blocks.first), floats[1].by_token(blocks.first)
+    fixed = fixed.by_token(blocks.first)
+    plan = dataclasses.replace(plan, chunk=head.kernel.shape[plan.class_axis])
+    chunk = read_chunk(plan, head, fixed, jnp.zeros((), jnp.int32))
 
-    def of_token(x: Array) -> bool:
-        return x.ndim == 2 and x.shape[0] == num_tokens
-
-    def step(carry: tuple[Array, Floats], i: Array) -> tuple[tuple[Array, Floats], None]:
-        start = jnp.minimum(i * size, num_tokens - size)
-        (head, rows), fixed_here = jax.tree.map(
-            lambda x: take_slice(x, start, size, 0) if of_token(x) else x,
-            ((floats[0]._replace(kernel=None), floats[1]), fixed),
-        )
-        head = head._replace(kernel=floats[0].kernel)
-        (shift, sums, best), logits = sums_pass(plan, head, fixed_here, keep=True)
-        fixed_here = fixed_here._replace(best=best)
+    def turn(_: Any, chunk: Chunk, rows: Any, fixed: Fixed) -> tuple[Any, Any]:
+        logits = chunk_logits(plan, chunk.head)
+        none = no_classes(plan, chunk.head, fixed)
+        shift, sums, best = add_chunk(plan, none, chunk, fixed, logits)
+        fixed = fixed._replace(best=best)
 
         def block_total(rows: Any, sums: RowSums) -> Array:
-            fresh = start + jnp.arange(size, dtype=jnp.int32)[:, None] >= i * size
-            return jnp.sum(jnp.where(fresh, terms(rows, shift, sums), 0))
+            return jnp.sum(terms(rows, shift, sums))
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
+        d_head = chunk_gradients(plan, Around(shift, cotangents), chunk, fixed, logits)
+        of_tokens, of_all = _split(_widen(plan, (d_head, d_rows)))
+        return of_tokens, (value, of_all)
 
-        def chunk_step(gradients: Head, x: tuple[Array, Array]) -> tuple[Head, None]:
-            around = (head, shift, cotangents)
-            c, part = chunk_gradients(plan, around, fixed_here, *x)
-            return accumulate(plan, head, gradients, part, c, add_slice), None
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), (head, rows))
+    of_tokens, _ = _split(vary_like(head.hidden, zeros))
+    of_tokens, (total, of_all) = blocks.run(turn, of_tokens, chunk, rows, fixed)
+    of_tokens = jax.tree.map(blocks.back, of_tokens)
+    return total, jax.tree.map(_either, of_tokens, of_all, is_leaf=_is_none)
 
-        total, (d_head, all_d_rows) = carry
-        zeros = _widen(plan, zero_gradients(plan, head))._replace(kernel=d_head.kernel)
-        chunks = chunk_numbers(plan, head), logits
-        part, _ = jax.lax.scan(chunk_step, zeros, chunks)
 
-        def add(total: Array, part: Array) -> Array:
-            return add_slice(total, part, start, 0) if of_token(total) else total + part
+def _split(floats: Any) -> tuple[Any, Any]:
+    """Return what is of each token, and what is of all; None stands for the other."""
+    of_all = tuple(x.by_token(lambda _: None) for x in floats)
 
-        kernel = part.kernel
-        d_head, d_rows = jax.tree.map(
-            add,
-            (d_head._replace(kernel=None), all_d_rows),
-            (part._replace(kernel=None), d_rows),
-        )
-        return (total + value, (d_head._replace(kernel=kernel), d_rows)), None
+    def unless_of_all(other: Any, x: Any) -> Any:
+        return x if other is None else None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), floats)
-    init = vary_like(floats[0].hidden, (jnp.zeros((), compute_dtype(plan)), zeros))
-    return jax.lax.scan(step, init, jnp.arange(blocks, dtype=jnp.int32))[0]
+    return jax.tree.map(unless_of_all, of_all, floats, is_leaf=_is_none), of_all
+
+
+def _either(a: Any, b: Any) -> Any:
+    return b if a is None else a
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

@@ -11,7 +11,8 @@ the kernel's width may be split over devices.
 """
 
 import dataclasses
-from typing import Any, cast
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ._arguments import (
     Reduction,
     check_head_targets,
     check_reduction,
+    is_float,
     read_array,
     read_bias,
     read_chunk_size,
@@ -41,7 +43,15 @@ from ._axes import (
     read_axis_names,
 )
 from ._calls import compiled, public
-from ._chunks import Fixed, Head, Plan, choose_chunk
+from ._chunks import (
+    MIN_BLOCK_TOKENS,
+    Fixed,
+    Head,
+    Plan,
+    choose_block,
+    choose_chunk,
+    whole_logits_block,
+)
 from ._classes import along
 from ._forms import chosen
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
@@ -52,13 +62,11 @@ from ._targets import Given, Targets, make_targets, read_given
 from ._total import head_total
 from .functional import loss_terms, reduced_loss
 
-# Where gradients are made forward: the float32 kernel gradient's bytes at most, and the width at
-# least, by the dtype's bits. The docstring of linear_cross_entropy has the measurement.
+# Where gradients are made forward: what the kernel's may take in float32.
 MAX_ACCUMULATOR_BYTES = 2**28
-MIN_FORWARD_WIDTH = {16: 512, 32: 1024, 64: 1024}
-# Tokens that are gone over together then. With chunks of 1024 classes, the fastest of 128, 256, 512
-# and 1024 for (2048, 2048, 16384) and for (2048, 512, 32768) in bfloat16, on two CPU cores.
-BLOCK_TOKENS = 512
+# And the width from which on it is the faster form for products of half precision. On two CPU cores
+# and jax 0.12.0.1, 512 wide, the streamed form takes 0.8 to 0.93 of the time of the loss on logits.
+MIN_FORWARD_WIDTH_OF_HALVES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,26 +108,31 @@ def linear_cross_entropy(
 
     for every keyword of `jaxent.cross_entropy` but the axes, in values and in gradients. The
     product is accumulated in float32, and so are the gradients across chunks. A token that is
-    not counted reaches nothing, even if its hidden state is NaN.
+    not counted reaches nothing, even if its hidden state is NaN, and takes no time: those that
+    count are gone over in blocks, an eighth of the tokens or 512, and the others not at all. (The
+    derivatives of second order, and by `sample_weight`, are of all tokens; so is everything with
+    class probabilities, with a class_mask of each token, where a (D, C) kernel in chunks has no
+    multiple of 128 classes, and in a program for several devices where the head does not know how
+    the tokens are split, by axis names or an explicit mesh.)
 
-    Memory, beyond arguments and results, is a float32 gradient of `hidden` and two chunks of
-    logits, (N, chunk_size), N being the number of tokens. A chunk has 1024 classes, or, with
-    few tokens, as many as 8 MB of float32 logits and 32 MB of a float32 kernel hold. Second
-    order (`jvp` of `grad`, `grad` of `grad`) holds at most one gradient of the kernel more.
+    Memory, beyond arguments and results, is a float32 gradient of `hidden`, a copy of the hidden
+    states, and two chunks of logits, (N, chunk_size), N being the number of tokens. A chunk has
+    1024 classes, or, with few tokens, as many as 8 MB of float32 logits and 32 MB of a float32
+    kernel hold. Second order (`jvp` of `grad`, `grad` of `grad`) holds at most one gradient of the
+    kernel more.
 
     On many devices each goes over its own tokens and classes, and sends a few numbers a token
     (docs/sharding.md says what is sent). Where axes are mapped (`shard_map`, `pmap`, `vmap`),
     and on an automatic mesh, the axis names say how the arrays are split; on an explicit mesh
     their types do.
 
-    The logits are computed twice: a fourth matmul, for the sake of memory. Where that shows,
-    the kernel being wide (D >= 1024, or 512 in half precision), and memory allows (a float32
-    gradient of the kernel of at most 256 MB), a scalar reduction makes its gradients in the
-    forward pass instead, in three matmuls and from the logits of 512 tokens at a time. On two
-    CPU cores, float32 and (N, D, C) of (2048, 2048, 16384), that takes 0.80 of the time of the
-    loss on logits, where the other form takes 1.04; `python -m benchmarks head_speed` prints
-    such ratios. (In a program for several devices, it does so where it knows how the tokens
-    are split: by axis names or an explicit mesh.)
+    The logits are computed twice: a fourth matmul, for the sake of memory. Where memory allows, a
+    scalar reduction makes its gradients in the forward pass instead, in three matmuls, from all
+    logits of a block of at most 512 tokens: where a float32 gradient of the kernel takes at most
+    256 MB, and two arrays of a block's logits a quarter of what those of all tokens do, or 120 MB;
+    in half precision where the kernel is wide, too (D >= 1024). A `chunk_size` rules that out.
+    `python -m benchmarks head_ignored` prints what both forms take. (In a program for several
+    devices, the head must know how the tokens are split, as above.)
 
     Args:
       hidden: hidden states, float, (..., D); any leading shape, none too.
@@ -190,9 +203,7 @@ def linear_cross_entropy(
         softcap=softcap,
     )
     if reduction != "none" and chosen("made_forward", is_made_forward, plan, h, k, layout):
-        plan = dataclasses.replace(
-            plan, made_forward=True, block=chosen("block", lambda: BLOCK_TOKENS)
-        )
+        plan = dataclasses.replace(plan, made_forward=True)
     return _linear_cross_entropy(HeadOptions(plan, layout, reduction), h, k, b, given)
 
 
@@ -205,9 +216,15 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
     """
     if not all(isinstance(size, int) for size in (*hidden.shape, *kernel.shape)):
         return False
-    bits = jnp.finfo(plan.dtype).bits
-    small = 4 * kernel.size <= MAX_ACCUMULATOR_BYTES and hidden.shape[-1] >= MIN_FORWARD_WIDTH[bits]
-    return small and layout.owns_all_tokens and not layout.classes and not layout.width
+    if plan.chunk is not None or layout.classes or layout.width:
+        return False
+    num_tokens = math.prod(hidden.shape[:-1])
+    enough = min(num_tokens, MIN_BLOCK_TOKENS)
+    fits = whole_logits_block(num_tokens, kernel.shape[plan.class_axis]) >= enough
+    small = 4 * kernel.size <= MAX_ACCUMULATOR_BYTES
+    halves = jnp.finfo(plan.dtype).bits <= 16
+    pays = not halves or hidden.shape[-1] >= MIN_FORWARD_WIDTH_OF_HALVES
+    return fits and small and pays and layout.owns_all_tokens
 
 
 @compiled
@@ -227,16 +244,16 @@ def rows_of_head(
 ) -> tuple[Targets, Array, Any, Any]:
     """Return the targets, and shift, sums and most probable class of each token, (..., 1)."""
     head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
-    rest = head[2:], _fixed(rows, given.softcap)
+    rest = head[2:], _fixed(rows, given.softcap), rows.sample_weight
 
     def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, RowSums, Array | None]:
-        others, fixed = jax.tree.map(_flatten_tokens, rest)
+        others, fixed, sample_weight = jax.tree.map(_flatten_tokens, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         num_classes, names = kernel.shape[plan.class_axis], layout.classes
         target, here = fixed.target, None
         if target is not None:
             here = local_index(target, num_classes, names)
-        shift, sums, best = head_sums(fitted, head, fixed._replace(target=here))
+        shift, sums, best = head_sums(fitted, head, fixed._replace(target=here), sample_weight)
         index: tuple[Array | None, Array | None] = target, None
         own: tuple[Array | None, Array | None] = here, None
         if best is not None:
@@ -263,7 +280,7 @@ def _total(
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
         divisors = [jnp.where(total == 0, 1, total) for total in totals]
     floats = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
-    rest = head[2:], (floats, given.z_loss, divisors), _fixed(rows, given.softcap)
+    rest = head[2:], Weights(floats, given.z_loss, divisors), _fixed(rows, given.softcap)
 
     def local(hidden: Array, kernel: Array, rest: Any) -> Array:
         others, floats, fixed = jax.tree.map(_flatten_tokens, rest)
@@ -277,7 +294,19 @@ def _total(
     return psum(total, layout.examples)
 
 
-def _divided_terms(floats: Any, shift: Array, sums: RowSums) -> Array:
+class Weights(NamedTuple):
+    """The float arrays of a total, of each token or of all."""
+
+    targets: Targets
+    z_loss: Any
+    divisors: list[Array]
+
+    def by_token(self, function: Any) -> "Weights":
+        """Return them with what is of each token put through a function."""
+        return self._replace(targets=self.targets.by_token(function))
+
+
+def _divided_terms(floats: Weights, shift: Array, sums: RowSums) -> Array:
     rows, z_loss, divisors = floats
     numerators = [numerator for numerator, _ in loss_terms(rows, z_loss, shift, sums)]
     if divisors:
@@ -290,7 +319,8 @@ def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head,
     head = Head(_flatten_tokens(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
     chunk = plan.chunk or choose_chunk(plan, head)
-    return head, dataclasses.replace(plan, chunk=min(chunk, num_classes))
+    block = choose_block(plan, head)
+    return head, dataclasses.replace(plan, chunk=min(chunk, num_classes), block=block)
 
 
 def _flatten_tokens(x: Array) -> Array:
@@ -328,6 +358,8 @@ def read_head(
     given = read_given("logits", shape, len(shape) - 1, targets, ignored, **keywords)
     bias = read_bias(bias, num_classes)
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
+    tables = is_float(targets) or (given.class_mask is not None and given.class_mask.ndim > 1)
+    some_uncounted = given.ignore_index is not None or given.sample_weight is not None
     gathered: Names = ()
     if layout.mesh is None and not in_shard_map(layout.width):
         # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
@@ -338,6 +370,7 @@ def read_head(
         dtype=dtype,
         precision=read_precision(precision, dtype),
         stats=stats,
+        skip=some_uncounted and not tables and chosen("skip", lambda: layout.owns_all_tokens),
         width=layout.width,
         gathered=gathered,
     )

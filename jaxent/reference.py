@@ -286,7 +286,7 @@ def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> Toke
         log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
         log_normalizer=jnp.where(counted, lse, 0),
         entropy=jnp.where(counted, -jnp.sum(_safe_multiply(p, log_p), -1), 0),
-        prediction=prediction[..., 0].astype(jnp.int32),
+        prediction=jnp.where(counted, prediction[..., 0].astype(jnp.int32), -1),
         correct=counted & is_target[..., 0],
     )
 

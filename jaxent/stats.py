@@ -59,8 +59,8 @@ def token_stats(
     * `correct`, whether that is the target; bool.
 
     The first three are differentiable, with any cotangents together, twice. A token that is
-    ignored, or has no class left, has 0 for each of them and is not correct. A target out of
-    range has a log-probability of NaN.
+    ignored, or has no class left, has 0 for each of them, the prediction -1, and is not correct.
+    A target out of range has a log-probability of NaN.
 
     Args:
       logits: float array, (..., C, ...). Half precision is computed in float32.
@@ -184,7 +184,7 @@ def _stats(rows: Targets, shift: Array, sums: RowSums, prediction: Array) -> Tok
     log_sum = log_total(sums.left, sums.others)
     is_prediction = prediction == rows.index
     log_prob = jnp.where(is_prediction, -surprise(sums.left, sums.others), sums.target - log_sum)
-    prediction = prediction.astype(jnp.int32)
+    prediction = jnp.where(counted, prediction.astype(jnp.int32), -1)
     stats = TokenStats(
         log_prob=rows.example_weight * log_prob,
         log_normalizer=shift + log_sum,

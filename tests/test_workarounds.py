@@ -102,7 +102,7 @@ COUNTED = {
     ),
     "once_per_row": (touched, lambda x, _: jaxent.log_softmax(x), ROWS, 7 * MB, False),
     "sums_of": (kernels, functools.partial(jaxent.cross_entropy, z_loss=0.1), ROWS, None, False),
-    "with_cpu_plan": (held, with_gradient(head, (0, 1)), HALF_HEAD, 0.9 * MB, False),
+    "with_cpu_plan": (held, with_gradient(head, (0, 1)), HALF_HEAD, 0.9 * MB, True),
     "slice_of_bits": (held, with_gradient(head, (0, 1)), HALF_HEAD, 0.9 * MB, True),
     "scatter_slice": (held, second_order, HEAD, 3.4 * MB, False),
 }

@@ -141,7 +141,7 @@ _THEN = {
         "class_sharding::what_is_not_finite_is_as_loud_as_in_whole_rows",
     ],
     "head": [
-        "extremes::predictions_of_nan_and_of_no_class_are_argmax",
+        "extremes::prediction_of_nan_is_argmax_and_of_no_class_none",
         "linear::law_2_token_stats_equal_their_reference",
         "linear::target_out_of_range_is_loud",
         "linear::law_8_nan_of_uncounted_tokens_reaches_nothing",
