@@ -125,7 +125,7 @@ def naive_loss(hidden, table, targets):
 
 LOSSES = {
     "naive": naive_loss,
-    # Chunks, by which it holds the least; by itself, it would spend a quarter of the logits on speed.
+    # In chunks it holds the least; by itself it would spend a quarter of the logits on speed.
     "linear": partial(
         jaxent.linear_cross_entropy, class_axis=0, ignore_index=IGNORED, chunk_size=2048
     ),
