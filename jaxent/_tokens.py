@@ -23,6 +23,7 @@ class Blocks(NamedTuple):
 
     size: Any  # of a block; None: all tokens at once, as they are
     turns: Any  # blocks that have a token that counts
+    # None where each token has its own place:
     order: Array | None = None  # int32, (M,): the token at each place, N where there is none
     place: Array | None = None  # int32, (N,): the place of each token
 
@@ -34,6 +35,8 @@ class Blocks(NamedTuple):
             return cls(None, 1)
         blocks = -(-num_tokens // size)
         places = jnp.arange(blocks * size, dtype=jnp.int32)
+        if not skip and len(places) == num_tokens:
+            return cls(size, blocks)
         if not skip:
             return cls(size, blocks, jnp.minimum(places, num_tokens), places[:num_tokens])
         # A stable sort of two kinds, without a sort: how many of its kind come before.

@@ -320,7 +320,10 @@ def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head,
     num_classes = kernel.shape[plan.class_axis]
     chunk = plan.chunk or choose_chunk(plan, head)
     block = choose_block(plan, head)
-    return head, dataclasses.replace(plan, chunk=min(chunk, num_classes), block=block)
+    # Where all tokens are one block, there is none to skip.
+    skip = plan.skip and 0 < block < head.hidden.shape[0]
+    fitted = dataclasses.replace(plan, chunk=min(chunk, num_classes), block=block, skip=skip)
+    return head, fitted
 
 
 def _flatten_tokens(x: Array) -> Array:
