@@ -110,8 +110,8 @@ def _total_and_gradients_jvp(
         total_, gradients = jax.value_and_grad(total)(floats)
         return total_, _widen(plan, gradients)
 
-    out = _total_and_gradients(plan, terms, *primals)
-    return out, jax.jvp(wide, (floats,), tangents[:1])[1]
+    # All of it in chunks of classes: no block's logits are held where second order is asked for.
+    return jax.jvp(wide, (floats,), tangents[:1])
 
 
 def _widen(plan: Plan, gradients: Tree) -> Tree:
