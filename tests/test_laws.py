@@ -378,8 +378,8 @@ def test_law_9_gradient_of_a_row_sums_to_zero(call):
     loss, grads = evaluate(jaxent.cross_entropy, call)
     assert np.all(np.isfinite(loss))
     grad = grads["logits"].astype("float64")
-    # C roundings in the gradient's dtype, and the float32 ones behind them. A single class has those
-    # of the two 1s whose difference it is.
+    # C roundings in the dtype of the gradient, and the float32 ones behind them. A single class has
+    # those of the two 1s whose difference it is.
     num_classes = call.shape[call.axis]
     bound = num_classes * (eps(call.dtype) + ULPS * eps(loss.dtype))
     size = max(np.abs(grad).max(initial=0), num_classes == 1)
