@@ -594,7 +594,7 @@ def unpacked(structure: Any, packed: Any, axis: int) -> Any:
 def is_widened_on_cpu(dtype: Any) -> bool:
     """Return whether a CPU makes float32 copies of all that matmuls of the dtype read.
 
-    Since jax 0.12 it does not, and has matmuls of bfloat16: a head's loss and gradients take 0.4 to
+    Since jax 0.12 it does not, and has matmuls of bfloat16: a head's loss and gradients take 0.5 to
     0.7 of the time.
     """
     return jnp.finfo(dtype).bits <= 16 and jax.__version_info__ < (0, 12)
