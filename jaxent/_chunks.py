@@ -1,4 +1,4 @@
-"""Chunks of a head's classes, whole: their size, logits and share of the gradients."""
+"""Chunks of a head's classes, whole: their logits and their share of the gradients."""
 
 import dataclasses
 import functools
@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import Names, num_shards, vary_like
-from ._forms import chosen
+from ._axes import Names, vary_like
 from ._numerics import compute_dtype
 from ._rows import RowSums, Transform, row_gradients
 from ._targets import TargetMass
@@ -20,22 +19,6 @@ from ._xla import add_slice, is_widened_on_cpu, slice_of_bits, take_slice, with_
 Result = TypeVar("Result")
 # Writes a slice of a gradient: (total, part, start, axis).
 Add = Callable[[Array, Array, Array, int], Array]
-
-# A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
-# took the same time for 2048 tokens (within 5 %), and 4096 more.
-LOGITS_CHUNK_BYTES = 2**23
-MIN_CHUNK_CLASSES = 1024
-# What a chunk's part of the kernel may take in float32, for few tokens: 64 of them, and 32000
-# classes, took 800 MB on a TPU.
-KERNEL_CHUNK_BYTES = 2**25
-# Tokens that are gone over together, and what all their float32 logits may take.
-BLOCK_TOKENS = 512
-LOGITS_BLOCK_BYTES = 60 * 2**20
-MIN_BLOCK_TOKENS = 128
-# What a shard of the width gives at least to the gather of a chunk. Of 256 chips of a TPU, XLA
-# makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
-# of 74 kB. (`python -m benchmarks.pod` prints both.)
-MIN_GATHER_BYTES = 5 * 2**14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +64,8 @@ class Fixed(NamedTuple):
 
     def by_token(self, function: Any) -> "Fixed":
         """Return it with what is of each token put through a function."""
-        mask = self.class_mask
         return self._replace(
-            class_mask=mask if mask is None or mask.shape[0] == 1 else function(mask),
+            class_mask=_mask_by_token(self.class_mask, function),
             **{
                 name: function(value)
                 for name in ("target", "uncounted", "best")
@@ -115,14 +97,19 @@ class Chunk(NamedTuple):
 
     def by_token(self, function: Any) -> "Chunk":
         """Return the chunk with what is of each token put through a function."""
-        mask = self.class_mask
-        if mask is not None and mask.shape[0] != 1:
-            mask = function(mask)
-        return self._replace(head=self.head.by_token(function), class_mask=mask)
+        return self._replace(
+            head=self.head.by_token(function),
+            class_mask=_mask_by_token(self.class_mask, function),
+        )
 
     def local_index(self, index: Array | None) -> Array | None:
         """Return the index relative to the chunk; outside of it for other chunks' classes."""
         return None if index is None else jnp.where(index >= self.first, index - self.start, -1)
+
+
+def _mask_by_token(mask: Array | None, function: Any) -> Array | None:
+    """Return a class_mask (N, C) put through a function; (1, C) is of all tokens."""
+    return mask if mask is None or mask.shape[0] == 1 else function(mask)
 
 
 def transform_of(head: Head, fixed: Fixed) -> Transform:
@@ -341,60 +328,7 @@ def scatter_width(plan: Plan, gradients: Head) -> Head:
     return gradients._replace(kernel=kernel)
 
 
-def choose_chunk(plan: Plan, head: Head) -> int:
-    """Return a chunk's number of classes, for a device that has these tokens and classes."""
-    num_tokens, width = head.hidden.shape
-    if not isinstance(num_tokens, int):  # symbolic: any number of them
-        num_tokens = LOGITS_CHUNK_BYTES
-    logits = LOGITS_CHUNK_BYTES // 4 // max(num_tokens, 1)
-    size = max(MIN_CHUNK_CLASSES, min(logits, KERNEL_CHUNK_BYTES // 4 // max(width, 1)))
-    if plan.width:  # up to 16 times the logits
-        column = width // num_shards(plan.width) * plan.dtype.itemsize
-        size = max(size, min(MIN_GATHER_BYTES // max(column, 1), 16 * logits))
-    return balance(head.kernel.shape[plan.class_axis], size, 128)
-
-
-def choose_block(plan: Plan, head: Head) -> int:
-    """Return how many tokens are gone over together; 0 for all."""
-    num_tokens = head.hidden.shape[0]
-    if not isinstance(num_tokens, int) or num_tokens == 0 or not (plan.made_forward or plan.skip):
-        return 0
-    size = chosen("block", _block_size, plan, num_tokens, head.kernel.shape[plan.class_axis])
-    return balance(num_tokens, size) if size else 0
-
-
-def _block_size(plan: Plan, num_tokens: int, num_classes: int) -> int:
-    if plan.made_forward:
-        return whole_logits_block(num_tokens, num_classes)
-    if plan.class_axis == 1 and num_classes % 128:
-        # A TPU, which keeps such a kernel transposed, would copy it whole for a loop over blocks.
-        return 0
-    return max(BLOCK_TOKENS, -(-num_tokens // 8))
-
-
-def whole_logits_block(num_tokens: int, num_classes: int) -> int:
-    """Return how many tokens are gone over together where all their logits are there.
-
-    Two arrays of them are held: a quarter of what the naive form holds, or 120 MB if that is more,
-    and 480 MB at most.
-    """
-    row = 4 * num_classes
-    fitting = min(
-        max(LOGITS_BLOCK_BYTES // row, 2 * num_tokens // 9), 4 * LOGITS_BLOCK_BYTES // row
-    )
-    return min(BLOCK_TOKENS, max(fitting, 1))
-
-
 def blank_hidden(gradients: Head, uncounted: Any) -> Head:
     """Return 0 for an uncounted token's hidden state where a kernel of NaN reached its gradient."""
     lost = uncounted & ~jnp.isfinite(gradients.hidden)
     return gradients._replace(hidden=jnp.where(lost, 0, gradients.hidden))
-
-
-def balance(length: int, size: int, multiple: int = 1) -> int:
-    """Return the size of parts that cover a length evenly.
-
-    It is at most `size`, except that it is rounded up to the multiple.
-    """
-    parts = -(-length // min(size, max(length, 1)))
-    return min(-(-length // max(parts, 1) // multiple) * multiple, length)

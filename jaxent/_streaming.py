@@ -1,4 +1,4 @@
-"""The primitive of a classifier head: the row sums of `hidden @ kernel + bias`, streamed.
+"""The primitive of a classifier head, whole: the row sums of `hidden @ kernel + bias`, streamed.
 
 The classes come in chunks. A pass over them computes a chunk's logits, (N, chunk), adds up
 what `_rows` says of them relative to a running maximum, and forgets them; a second pass
@@ -114,9 +114,10 @@ def _packed_sums_and_residuals(
     return _pack(shift, sums, best), (head, fixed._replace(best=best), shift)
 
 
-def _packed_sums_fwd(plan: Plan, *primals: Any) -> Any:
-    primals, (*_, differentiated) = without_perturbation(primals)
-    return _packed_sums_and_residuals(whole(plan) if differentiated else plan, *primals)
+def _packed_sums_fwd(plan: Plan, head: Any, fixed: Any, sample_weight: Any) -> Any:
+    if sample_weight.perturbed:
+        plan = whole(plan)
+    return _packed_sums_and_residuals(plan, *values_of((head, fixed, sample_weight)))
 
 
 def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[Head, None, None]:
@@ -129,15 +130,10 @@ def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[
 _packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd, symbolic_zeros=True)
 
 
-def without_perturbation(primals: tuple[Any, ...]) -> tuple[Any, list[bool]]:
-    """Return what a rule with `symbolic_zeros` gets as values, and which are differentiated."""
-
-    def is_leaf(x: Any) -> bool:
-        return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
-
-    values = jax.tree.map(lambda x: x.value, primals, is_leaf=is_leaf)
-    leaves = [jax.tree.leaves(primal, is_leaf=is_leaf) for primal in primals]
-    return values, [any(leaf.perturbed for leaf in some) for some in leaves]
+def values_of(primals: Any) -> Any:
+    """Return the values of what a custom_vjp's rule gets with `symbolic_zeros`."""
+    marked = jax.custom_derivatives.CustomVJPPrimal
+    return jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, marked))
 
 
 def _cast(gradients: Head, head: Head) -> Head:

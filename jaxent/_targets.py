@@ -1,6 +1,6 @@
-"""What the targets are: indices or probabilities, of which class axis, counted or not.
+"""What the targets are, whole: indices or probabilities, of which class axis, counted or not.
 
-What comes out is a `Rows`: everything that the primitive and the reduction need, with
+What comes out is `Targets`: everything that the primitive and the reduction need, with
 nothing left to decide.
 """
 
@@ -139,10 +139,6 @@ class TargetMass:
             name: function(value) for name in names if (value := getattr(self, name)) is not None
         }
         return dataclasses.replace(self, **parts)
-
-    def without_classes(self) -> "TargetMass":
-        """Return the mass without what has a class axis."""
-        return dataclasses.replace(self, probabilities=None, weight=None)
 
 
 @functools.partial(

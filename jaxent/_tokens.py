@@ -48,11 +48,11 @@ class Blocks(NamedTuple):
         order = order.at[place].set(places[:num_tokens], unique_indices=True)
         return cls(size, _of_all(-(-before[-1] // size)), order, place)
 
-    def first(self, x: Array, fill: Any = 0) -> Array:
+    def first(self, x: Array) -> Array:
         """Return (N, ...) as (M, ...), in the order."""
         if self.order is None:
             return x
-        ordered: Array = x.at[self.order].get(mode="fill", fill_value=fill)
+        ordered: Array = x.at[self.order].get(mode="fill", fill_value=0)
         return ordered
 
     def back(self, x: Array) -> Array:
@@ -62,7 +62,7 @@ class Blocks(NamedTuple):
         return x.at[self.place].get(mode="promise_in_bounds", unique_indices=True)
 
     def unreached(self) -> Any:
-        """Return which places no block reaches, (M, 1)."""
+        """Return which places no block reaches, (M, 1), or for all."""
         if self.order is None:
             return jnp.zeros((), bool)
         return jnp.arange(self.order.shape[0], dtype=jnp.int32)[:, None] >= self.turns * self.size

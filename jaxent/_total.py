@@ -36,7 +36,7 @@ from ._streaming import (
     head_sums,
     no_classes,
     streamed_sums,
-    without_perturbation,
+    values_of,
 )
 
 Terms = Callable[[Any, Array, RowSums], Array]
@@ -67,10 +67,10 @@ def _total(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> Arr
     return jnp.sum(terms(rows, shift, sums))
 
 
-def _total_fwd(plan: Plan, terms: Terms, *primals: Any) -> tuple[Array, Any]:
-    (head, rows, fixed), _ = without_perturbation(primals)
-    if without_perturbation((primals[1].targets.sample_weight,))[1][0]:
+def _total_fwd(plan: Plan, terms: Terms, head: Any, rows: Any, fixed: Any) -> tuple[Array, Any]:
+    if rows.targets.sample_weight.perturbed:
         plan = dataclasses.replace(plan, skip=False)
+    head, rows, fixed = values_of((head, rows, fixed))
     total, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
     gradients = blank_hidden(d_head, fixed.uncounted), d_rows
     like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))

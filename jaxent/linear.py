@@ -5,9 +5,9 @@ loss = jaxent.linear_cross_entropy(hidden, kernel, tokens)                     #
 loss = jaxent.linear_cross_entropy(hidden, embedding, tokens, class_axis=0)    # (C, D), tied
 ```
 
-A language model's logits are often its largest array. Here they exist a chunk of classes at a
-time, in the forward pass and in the gradients, of first and second order. Tokens, classes and
-the kernel's width may be split over devices.
+A language model's logits are often its largest array. Here they exist a part at a time, a chunk of
+classes or a block of tokens, in the forward pass and in the gradients, of first and second order.
+Tokens, classes and the kernel's width may be split over devices.
 """
 
 import dataclasses
@@ -43,20 +43,13 @@ from ._axes import (
     read_axis_names,
 )
 from ._calls import compiled, public
-from ._chunks import (
-    MIN_BLOCK_TOKENS,
-    Fixed,
-    Head,
-    Plan,
-    choose_block,
-    choose_chunk,
-    whole_logits_block,
-)
+from ._chunks import Fixed, Head, Plan
 from ._classes import along
 from ._forms import chosen
 from ._mesh import Layout, lay_out_like, on_shards, read_layout
 from ._numerics import compute_dtype
 from ._rows import RowSums, combine_argmax, combine_shards
+from ._sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
 from ._streaming import head_sums
 from ._targets import Given, Targets, make_targets, read_given
 from ._total import head_total
@@ -318,12 +311,8 @@ def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head,
     """Return a device's head, its tokens in a row, and the plan with chunks of its classes."""
     head = Head(_flatten_tokens(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
-    chunk = plan.chunk or choose_chunk(plan, head)
-    block = choose_block(plan, head)
-    # Where all tokens are one block, there is none to skip.
-    skip = plan.skip and 0 < block < head.hidden.shape[0]
-    fitted = dataclasses.replace(plan, chunk=min(chunk, num_classes), block=block, skip=skip)
-    return head, fitted
+    chunk = min(plan.chunk or choose_chunk(plan, head), num_classes)
+    return head, dataclasses.replace(plan, chunk=chunk, block=choose_block(plan, head))
 
 
 def _flatten_tokens(x: Array) -> Array:
