@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import reference
 from ._check import check_targets
-from .functional import cross_entropy, log_softmax, nll, total_weight
-from .linear import linear_cross_entropy
-from .stats import TokenStats, linear_token_stats, token_stats
+from ._linear import linear_cross_entropy
+from ._losses import cross_entropy, log_softmax, nll, total_weight
+from ._stats import TokenStats, linear_token_stats, token_stats
 
 if TYPE_CHECKING:
     from . import porting
-    from .head import LinearHead
-    from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
+    from ._flax import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
+    from ._linear_head import LinearHead
 
 __all__ = [
     "CrossEntropyLoss",
@@ -47,12 +47,10 @@ __all__ = [
 
 # What needs flax.nnx, which takes as long to import as flax: on first use.
 _MODULES = {
-    "CrossEntropyLoss": "losses",
-    "LinearCrossEntropyLoss": "losses",
-    "LinearHead": "head",
-    "NLLLoss": "losses",
-    "head": "head",
-    "losses": "losses",
+    "CrossEntropyLoss": "_flax",
+    "LinearCrossEntropyLoss": "_flax",
+    "LinearHead": "_linear_head",
+    "NLLLoss": "_flax",
     "porting": "porting",
 }
 

@@ -20,8 +20,8 @@ import numpy as np
 from flax import nnx
 
 from ._arguments import Reduction
-from .head import LinearHead
-from .losses import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
+from ._flax import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
+from ._linear_head import LinearHead
 
 
 def legacy_reduction(

@@ -43,7 +43,7 @@ from ._arguments import (
 )
 from ._axes import AxisName, read_axis_names
 from ._calls import public
-from .stats import WANTED, TokenStats
+from ._stats import WANTED, TokenStats
 
 
 class _Examples(NamedTuple):

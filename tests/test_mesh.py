@@ -16,7 +16,7 @@ from sharded import MESHES, assert_equal, collectives, floats, jit, laid_out, ma
 from sharded_calls import AUTO, AXES, CASES, WHOLE, call, given, specs, whole, with_gradients
 
 import jaxent
-import jaxent.linear
+import jaxent._linear
 from jaxent import _xla
 from jaxent._forms import forced
 

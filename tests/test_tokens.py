@@ -13,7 +13,7 @@ from hypothesis import given, settings
 import jaxent
 from jaxent import reference
 from jaxent._forms import forced
-from jaxent._tokens import Blocks
+from jaxent._head.tokens import Blocks
 
 TOKENS, WIDTH, CLASSES = 40, 6, 21
 forms = pytest.mark.parametrize("made_forward", [False, True])

@@ -182,10 +182,10 @@ TESTS = {
     "_dense": _listed("dense uncounted", "dense"),
     "_reduction": _listed("dense mean", "mean"),
     "_xla": _listed("dense uncounted head", "dense head"),
-    "_chunks": _listed("head", "head"),
-    "_streaming": _listed("head", "head"),
-    "_tokens": [*_listed("head", "head"), "tests/test_tokens.py"],
-    "_total": _listed("head", "head"),
+    "_head/chunks": _listed("head", "head"),
+    "_head/streaming": _listed("head", "head"),
+    "_head/tokens": [*_listed("head", "head"), "tests/test_tokens.py"],
+    "_head/forward": _listed("head", "head"),
 }
 MODULES = list(TESTS)
 

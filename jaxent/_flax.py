@@ -50,8 +50,8 @@ from ._arguments import (
 from ._axes import AxisName, check_axis_name
 from ._calls import public
 from ._keywords import CrossEntropyKeywords, LinearCrossEntropyKeywords, NLLKeywords
-from .functional import cross_entropy, nll
-from .linear import linear_cross_entropy
+from ._linear import linear_cross_entropy
+from ._losses import cross_entropy, nll
 
 
 def _array(value: Any) -> Any:

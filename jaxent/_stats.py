@@ -17,10 +17,10 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
+from ._linear import HeadOptions, read_head, rows_of_head
+from ._losses import Options, rows_of_logits
 from ._rows import RowSums, entropy, log_total, surprise
 from ._targets import Given, Targets, read_given
-from .functional import Options, rows_of_logits
-from .linear import HeadOptions, read_head, rows_of_head
 
 WANTED = "the statistics are of one class a token, given as an index"
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import Names, vary_like
-from ._numerics import compute_dtype
-from ._rows import RowSums, Transform, row_gradients
-from ._targets import TargetMass
-from ._tokens import Blocks
-from ._xla import add_slice, is_widened_on_cpu, slice_of_bits, take_slice, with_cpu_plan
+from .._axes import Names, vary_like
+from .._numerics import compute_dtype
+from .._rows import RowSums, Transform, row_gradients
+from .._targets import TargetMass
+from .._xla import add_slice, is_widened_on_cpu, slice_of_bits, take_slice, with_cpu_plan
+from .tokens import Blocks
 
 Result = TypeVar("Result")
 # Writes a slice of a gradient: (total, part, start, axis).

@@ -43,17 +43,17 @@ from ._axes import (
     read_axis_names,
 )
 from ._calls import compiled, public
-from ._chunks import Fixed, Head, Plan
 from ._classes import along
 from ._forms import chosen
-from ._mesh import Layout, lay_out_like, on_shards, read_layout
+from ._head.chunks import Fixed, Head, Plan
+from ._head.forward import head_total
+from ._head.mesh import Layout, lay_out_like, on_shards, read_layout
+from ._head.sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
+from ._head.streaming import head_sums
+from ._losses import loss_terms, reduced_loss
 from ._numerics import compute_dtype
 from ._rows import RowSums, combine_argmax, combine_shards
-from ._sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
-from ._streaming import head_sums
 from ._targets import Given, Targets, make_targets, read_given
-from ._total import head_total
-from .functional import loss_terms, reduced_loss
 
 # Where gradients are made forward: what the kernel's may take in float32.
 MAX_ACCUMULATOR_BYTES = 2**28

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import Tree, vary_alike, vary_like
-from ._chunks import (
+from .._axes import Tree, vary_alike, vary_like
+from .._numerics import compute_dtype
+from .._rows import RowSums
+from .chunks import (
     Around,
     Chunk,
     Fixed,
@@ -29,9 +31,7 @@ from ._chunks import (
     read_chunk,
     whole,
 )
-from ._numerics import compute_dtype
-from ._rows import RowSums
-from ._streaming import (
+from .streaming import (
     add_chunk,
     head_sums,
     no_classes,

@@ -1,8 +1,8 @@
 """How large the parts of a head are: a chunk's classes, and a block's tokens."""
 
-from ._axes import num_shards
-from ._chunks import Head, Plan
-from ._forms import chosen
+from .._axes import num_shards
+from .._forms import chosen
+from .chunks import Head, Plan
 
 # A chunk's bytes of float32 logits, and its classes at least. On two CPU cores, 512 to 2048 classes
 # took the same time for 2048 tokens (within 5 %), and 4096 more.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._axes import vary_like
+from .._axes import vary_like
 
 T = TypeVar("T")
 # Takes rows of the block, and what else it needs; returns the rows anew, and what is summed.

@@ -15,11 +15,11 @@ from flax import nnx
 from jax import Array
 
 from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
+from ._flax import LinearCrossEntropyLoss
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
 from ._rows import Transform
 from ._targets import class_table
-from .losses import LinearCrossEntropyLoss
 
 
 class LinearHead(nnx.Linear):

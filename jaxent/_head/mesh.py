@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ._axes import AxisName, Names, flat_names, meshes, read_axis_names
+from .._axes import AxisName, Names, flat_names, meshes, read_axis_names
 
 
 class Layout(NamedTuple):

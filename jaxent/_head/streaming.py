@@ -15,8 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._axes import vary_alike, vary_like
-from ._chunks import (
+from .._axes import vary_alike, vary_like
+from .._dense import set_sums
+from .._numerics import compute_dtype
+from .._rows import RowSums, Transform, first_best, merge
+from .._xla import packed, scatter_slice, unpacked
+from .chunks import (
     Around,
     Chunk,
     Fixed,
@@ -38,10 +42,6 @@ from ._chunks import (
     whole,
     zero_gradients,
 )
-from ._dense import set_sums
-from ._numerics import compute_dtype
-from ._rows import RowSums, Transform, first_best, merge
-from ._xla import packed, scatter_slice, unpacked
 
 Floats = tuple[Head, Around]
 Rows = tuple[Array, RowSums, Any]  # shift, sums and most probable class
