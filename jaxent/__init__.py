@@ -20,7 +20,8 @@ from . import reference
 from ._check import check_targets
 from ._linear import linear_cross_entropy
 from ._losses import cross_entropy, log_softmax, nll, total_weight
-from ._stats import TokenStats, linear_token_stats, token_stats
+from ._reduction import TokenStats
+from ._stats import linear_token_stats, token_stats
 
 if TYPE_CHECKING:
     from . import porting

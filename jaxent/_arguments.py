@@ -43,6 +43,11 @@ def check_reduction(reduction: Any) -> None:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {describe(reduction)}")
 
 
+def check_return_stats(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"return_stats must be True or False, got {describe(value)}")
+
+
 def read_array(name: str, value: Any) -> Any:
     """Return an array of a dtype that JAX has: JAX's as it came, else NumPy's if it can be."""
     try:

@@ -21,7 +21,7 @@ Setting an attribute checks it as construction does: `loss.weight = new_weight`.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from ._calls import public
 from ._keywords import CrossEntropyKeywords, LinearCrossEntropyKeywords, NLLKeywords
 from ._linear import linear_cross_entropy
 from ._losses import cross_entropy, nll
+from ._reduction import TokenStats
 
 
 def _array(value: Any) -> Any:
@@ -263,15 +264,40 @@ class CrossEntropyLoss(_Loss):
         self.axis_name = axis_name
         self.class_axis_name = class_axis_name
 
+    @overload
     def __call__(
-        self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[CrossEntropyKeywords]
-    ) -> Array:
-        """Return the loss.
+        self,
+        logits: ArrayOrList,
+        targets: ArrayOrList,
+        *,
+        return_stats: Literal[True],
+        **keywords: Unpack[CrossEntropyKeywords],
+    ) -> tuple[Array, TokenStats]: ...
+    @overload
+    def __call__(
+        self,
+        logits: ArrayOrList,
+        targets: ArrayOrList,
+        *,
+        return_stats: Literal[False] = ...,
+        **keywords: Unpack[CrossEntropyKeywords],
+    ) -> Array: ...
+    def __call__(
+        self,
+        logits: ArrayOrList,
+        targets: ArrayOrList,
+        *,
+        return_stats: bool = False,
+        **keywords: Unpack[CrossEntropyKeywords],
+    ) -> Array | tuple[Array, TokenStats]:
+        """Return the loss, and with `return_stats` the statistics, as `jaxent.cross_entropy` does.
 
-        Any keyword of `jaxent.cross_entropy` given here (`sample_weight`, `reduction="none"`)
-        overrides the object's, and is differentiated.
+        Any of its keywords given here (`sample_weight`, `reduction="none"`) overrides the
+        object's, and is differentiated.
         """
-        return cross_entropy(logits, targets, **self._keywords(keywords))
+        given = self._keywords({**keywords, "return_stats": return_stats})
+        both: Array | tuple[Array, TokenStats] = cross_entropy(logits, targets, **given)
+        return both
 
 
 class LinearCrossEntropyLoss(_Loss):
@@ -331,19 +357,45 @@ class LinearCrossEntropyLoss(_Loss):
         self.class_axis_name = class_axis_name
         self.width_axis_name = width_axis_name
 
+    @overload
     def __call__(
         self,
         hidden: ArrayOrList,
         kernel: ArrayOrList,
         targets: ArrayOrList,
+        *,
+        return_stats: Literal[True],
         **keywords: Unpack[LinearCrossEntropyKeywords],
-    ) -> Array:
-        """Return the loss.
+    ) -> tuple[Array, TokenStats]: ...
+    @overload
+    def __call__(
+        self,
+        hidden: ArrayOrList,
+        kernel: ArrayOrList,
+        targets: ArrayOrList,
+        *,
+        return_stats: Literal[False] = ...,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array: ...
+    def __call__(
+        self,
+        hidden: ArrayOrList,
+        kernel: ArrayOrList,
+        targets: ArrayOrList,
+        *,
+        return_stats: bool = False,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array | tuple[Array, TokenStats]:
+        """Return the loss, and with `return_stats` the statistics, as the function does.
 
         Any keyword of `jaxent.linear_cross_entropy` given here (`bias`, `sample_weight`)
         overrides the object's, and is differentiated.
         """
-        return linear_cross_entropy(hidden, kernel, targets, **self._keywords(keywords))
+        given = self._keywords({**keywords, "return_stats": return_stats})
+        both: Array | tuple[Array, TokenStats] = linear_cross_entropy(
+            hidden, kernel, targets, **given
+        )
+        return both
 
 
 def _is_array(value: Any) -> bool:

@@ -11,8 +11,9 @@ Tokens, classes and the kernel's width may be split over devices.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from ._arguments import (
     Reduction,
     check_head_targets,
     check_reduction,
+    check_return_stats,
     is_float,
     read_array,
     read_bias,
@@ -50,8 +52,9 @@ from ._head.forward import head_total
 from ._head.mesh import Layout, lay_out_like, on_shards, read_layout
 from ._head.sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
 from ._head.streaming import head_sums
-from ._losses import loss_terms, reduced_loss
+from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
+from ._reduction import Rows, TokenStats, loss_terms, reduced_loss, token_stats_of
 from ._rows import RowSums, combine_argmax, combine_shards
 from ._targets import Given, Targets, make_targets, read_given
 
@@ -71,6 +74,24 @@ class HeadOptions:
     reduction: Reduction = "none"
 
 
+@overload
+def linear_cross_entropy(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[LinearCrossEntropyKeywords],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[LinearCrossEntropyKeywords],
+) -> Array: ...
 @public
 def linear_cross_entropy(
     hidden: ArrayOrList,
@@ -94,7 +115,8 @@ def linear_cross_entropy(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Array | tuple[Array, TokenStats]:
     r"""Return the cross-entropy of a linear classifier, without ever holding its logits.
 
     .. math:: \mathrm{linear\_cross\_entropy}(h, K, y) = \mathrm{cross\_entropy}(h K + b, y)
@@ -149,9 +171,13 @@ def linear_cross_entropy(
       width_axis_name: those over which the kernel's D is split, as FSDP does. They split the
         tokens too. Each chunk is gathered when its turn comes, and is larger over many; of
         axes of `vmap` and `pmap` all of the kernel is, before.
+      return_stats: whether to return `jaxent.linear_token_stats` of each token as well, from the
+        same pass, as in `jaxent.cross_entropy`. (Those of class probabilities beside `weight` or
+        `label_smoothing` take a second one.)
 
     Returns:
-      float32, float64 for a float64 `dtype`: a scalar, or for "none" the shape (...).
+      float32, float64 for a float64 `dtype`: a scalar, or for "none" the shape (...). With
+      `return_stats`, that and a `jaxent.TokenStats`.
 
     Raises:
       TypeError: a dtype is none of the above.
@@ -174,6 +200,7 @@ def linear_cross_entropy(
       "Liger Kernel", 2024 (gradients in the forward pass).
     """
     check_reduction(reduction)
+    check_return_stats(return_stats)
     plan, layout, h, k, b, given = read_head(
         hidden,
         kernel,
@@ -194,6 +221,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         logit_scale=logit_scale,
         softcap=softcap,
+        stats=return_stats,
     )
     if reduction != "none" and chosen("made_forward", is_made_forward, plan, h, k, layout):
         plan = dataclasses.replace(plan, made_forward=True)
@@ -223,18 +251,34 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
 @compiled
 def _linear_cross_entropy(
     options: HeadOptions, hidden: Array, kernel: Array, bias: Any, given: Given
-) -> Array:
+) -> Array | tuple[Array, TokenStats]:
     plan, layout, reduction = options.plan, options.layout, options.reduction
+    found: Any
     if plan.made_forward:
         head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
-        return _total(plan, head, rows, given, reduction, layout)
-    rows, shift, sums, _ = rows_of_head(plan, layout, hidden, kernel, bias, given)
-    return reduced_loss(rows, given.z_loss, shift, sums, reduction, layout.examples)
+        loss, of_tokens = _total(plan, head, rows, given, reduction, layout)
+        found = of_tokens and (rows, *of_tokens)
+    else:
+        found = rows_of_head(plan, layout, hidden, kernel, bias, given)
+        loss = reduced_loss(found, given.z_loss, reduction, layout.examples)
+    if not plan.stats:
+        return loss
+    return loss, stats_of_head(options, hidden, kernel, bias, given, found)
+
+
+def stats_of_head(
+    options: HeadOptions, hidden: Array, kernel: Array, bias: Any, given: Given, found: Rows
+) -> TokenStats:
+    """Return the statistics of tokens whose sums were found."""
+    plan, layout = options.plan, options.layout
+    plan = dataclasses.replace(plan, stats=False, made_forward=False)
+    plain = functools.partial(rows_of_head, plan, layout, hidden, kernel, bias)
+    return token_stats_of(plain, given, found, () if layout.mesh else layout.classes)
 
 
 def rows_of_head(
     plan: Plan, layout: Layout, hidden: Array, kernel: Array, bias: Any, given: Given
-) -> tuple[Targets, Array, Any, Any]:
+) -> Rows:
     """Return the targets, and shift, sums and most probable class of each token, (..., 1)."""
     head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
     rest = head[2:], _fixed(rows, given.softcap), rows.sample_weight
@@ -267,7 +311,7 @@ def _fixed(rows: Targets, softcap: Any) -> Fixed:
 
 def _total(
     plan: Plan, head: Head, rows: Targets, given: Given, reduction: Reduction, layout: Layout
-) -> Array:
+) -> tuple[Array, Any]:
     divisors: list[Array] = []
     if reduction == "mean":
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
@@ -275,16 +319,16 @@ def _total(
     floats = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
     rest = head[2:], Weights(floats, given.z_loss, divisors), _fixed(rows, given.softcap)
 
-    def local(hidden: Array, kernel: Array, rest: Any) -> Array:
+    def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, Any]:
         others, floats, fixed = jax.tree.map(_flatten_tokens, rest)
         head, fitted = _local(plan, hidden, kernel, others)
-        total = head_total(fitted, _divided_terms, head, floats, fixed)
-        return psum(total, flat_names(layout.tokens))
+        total, found = head_total(fitted, _divided_terms, head, floats, fixed)
+        found = jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), found)
+        return psum(total, flat_names(layout.tokens)), found
 
-    total: Array = on_shards(
-        local, layout, plan.class_axis, head.hidden, head.kernel, rest, scalar=True
-    )
-    return psum(total, layout.examples)
+    specs = jax.sharding.PartitionSpec(), layout.of_hidden()
+    total, found = on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest, specs)
+    return psum(total, layout.examples), found
 
 
 class Weights(NamedTuple):
@@ -299,9 +343,10 @@ class Weights(NamedTuple):
         return self._replace(targets=self.targets.by_token(function))
 
 
-def _divided_terms(floats: Weights, shift: Array, sums: RowSums) -> Array:
+def _divided_terms(floats: Weights, shift: Array, sums: RowSums, is_prediction: Any) -> Array:
     rows, z_loss, divisors = floats
-    numerators = [numerator for numerator, _ in loss_terms(rows, z_loss, shift, sums)]
+    terms = loss_terms(rows, z_loss, shift, sums, is_prediction)
+    numerators = [numerator for numerator, _ in terms]
     if divisors:
         numerators = [n / d for n, d in zip(numerators, divisors)]
     return cast(Array, sum(numerators))

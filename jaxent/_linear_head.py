@@ -8,7 +8,7 @@ logits = self.head(hidden[:, -1])       # in generation
 ```
 """
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +18,7 @@ from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
 from ._flax import LinearCrossEntropyLoss
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
+from ._reduction import TokenStats
 from ._rows import Transform
 from ._targets import class_table
 
@@ -77,20 +78,43 @@ class LinearHead(nnx.Linear):
         exists = class_table(mask, shape, axis)
         return logits if exists is None else jnp.where(exists, logits, -jnp.inf)
 
+    @overload
     def loss(
         self,
         hidden: Array,
         targets: ArrayOrList,
+        *,
+        return_stats: Literal[True],
         **keywords: Unpack[LinearCrossEntropyKeywords],
-    ) -> Array:
+    ) -> tuple[Array, TokenStats]: ...
+    @overload
+    def loss(
+        self,
+        hidden: Array,
+        targets: ArrayOrList,
+        *,
+        return_stats: Literal[False] = ...,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array: ...
+    def loss(
+        self,
+        hidden: Array,
+        targets: ArrayOrList,
+        *,
+        return_stats: bool = False,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array | tuple[Array, TokenStats]:
         """Return the loss of hidden states, (..., D), whose logits are not held.
 
         Any keyword of `jaxent.linear_cross_entropy` given here overrides the criterion's, and is
-        differentiated.
+        differentiated; with `return_stats` the statistics are returned as well.
         """
         given: LinearCrossEntropyKeywords = {
             "bias": None if self.bias is None else self.bias[...],
             "dtype": self.criterion.dtype or self.dtype,
             "precision": self.criterion.precision or self.precision,
         }
-        return self.criterion(hidden, self.kernel[...], targets, **(given | keywords))
+        given |= keywords
+        if return_stats:
+            return self.criterion(hidden, self.kernel[...], targets, return_stats=True, **given)
+        return self.criterion(hidden, self.kernel[...], targets, **given)

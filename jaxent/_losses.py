@@ -12,9 +12,9 @@ Nothing but the row sums has a hand-written gradient.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal, Unpack, overload
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -23,6 +23,7 @@ from ._arguments import (
     ArrayOrList,
     Reduction,
     check_reduction,
+    check_return_stats,
     read_axis,
     read_class_axis,
     read_class_mask,
@@ -36,20 +37,18 @@ from ._axes import AxisName, Names, local_index, num_shards, read_axis_names
 from ._calls import compiled, public
 from ._classes import along
 from ._dense import row_max, row_sums
-from ._numerics import blank_uncounted, compute_dtype, safe_multiply
-from ._reduction import reduce, total
+from ._keywords import CrossEntropyKeywords
+from ._numerics import blank_uncounted, compute_dtype
+from ._reduction import Rows, TokenStats, reduced_loss, token_stats_of, total
 from ._rows import (
-    RowSums,
     Transform,
     combine_argmax,
     combine_shards,
-    is_finite,
     log_total,
     surprise,
 )
 from ._targets import (
     Given,
-    Targets,
     class_table,
     make_targets,
     read_existing,
@@ -68,6 +67,7 @@ class Options:
     reduction: Reduction = "none"
     examples: Names = ()  # mapped axes over which they are split
     classes: Names = ()
+    stats: bool = False  # whether to return them
 
 
 @public
@@ -195,9 +195,25 @@ def _nll(options: Options, log_probs: Array, given: Given) -> Array:
     index, here = (rows.index, None), (rows.local_index, None)
     sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass)
     _, sums = combine_shards(None, sums, index, here, rows.uncounted, classes)
-    return reduced_loss(rows, None, None, sums, options.reduction, options.examples)
+    return reduced_loss((rows, None, sums, None), None, options.reduction, options.examples)
 
 
+@overload
+def cross_entropy(
+    logits: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[CrossEntropyKeywords],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def cross_entropy(
+    logits: ArrayOrList,
+    targets: ArrayOrList,
+    *,
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[CrossEntropyKeywords],
+) -> Array: ...
 @public
 def cross_entropy(
     logits: ArrayOrList,
@@ -215,7 +231,8 @@ def cross_entropy(
     softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Array | tuple[Array, TokenStats]:
     r"""Return the softmax cross-entropy of logits with class indices or class probabilities.
 
     .. math:: \ell_i = -\sum_c w_c q_{i,c} \log \mathrm{softmax}(x_i)_c, \qquad
@@ -262,9 +279,14 @@ def cross_entropy(
       class_axis_name: mapped axis or axes over which classes are split. What has a class
         axis (logits, probabilities, weight, class_mask) is this shard's; class indices are
         those of the whole. On a mesh that `jit` splits arrays over, neither is needed.
+      return_stats: whether to return `jaxent.token_stats` of each example as well, from the same
+        pass: (loss, stats), as `jax.value_and_grad(..., has_aux=True)` takes it. Of class
+        probabilities t, the log-probability is :math:`\sum_c t_c \log p_c`, and the prediction is
+        correct where it is the most probable target. Weights and smoothing are not in them.
 
     Returns:
-      float32, float64 for float64 logits: a scalar, or for "none" the per-example shape.
+      float32, float64 for float64 logits: a scalar, or for "none" the per-example shape. With
+      `return_stats`, that and a `jaxent.TokenStats`.
 
     Raises:
       TypeError: a dtype is none of the above.
@@ -303,23 +325,32 @@ def cross_entropy(
         softcap=softcap,
     )
     examples, classes = read_axis_names(x, axis_name=axis_name, class_axis_name=class_axis_name)
-    return _cross_entropy(Options(axis, reduction, examples, classes), x, given)
+    check_return_stats(return_stats)
+    return _cross_entropy(Options(axis, reduction, examples, classes, return_stats), x, given)
 
 
 @compiled
-def _cross_entropy(options: Options, logits: Array, given: Given) -> Array:
-    rows, shift, sums, _ = rows_of_logits(options.axis, logits, given, options.classes)
-    return reduced_loss(rows, given.z_loss, shift, sums, options.reduction, options.examples)
+def _cross_entropy(
+    options: Options, logits: Array, given: Given
+) -> Array | tuple[Array, TokenStats]:
+    found = rows_of_logits(options, logits, given)
+    loss = reduced_loss(found, given.z_loss, options.reduction, options.examples)
+    return (loss, stats_of_logits(options, logits, given, found)) if options.stats else loss
 
 
-def rows_of_logits(
-    axis: int, logits: Array, given: Given, classes: Names, stats: bool = False
-) -> tuple[Targets, Any, RowSums, Any]:
+def stats_of_logits(options: Options, logits: Array, given: Given, found: Rows) -> TokenStats:
+    """Return the statistics of rows whose sums were found."""
+    plain = functools.partial(rows_of_logits, dataclasses.replace(options, stats=False), logits)
+    return token_stats_of(plain, given, found, options.classes)
+
+
+def rows_of_logits(options: Options, logits: Array, given: Given) -> Rows:
     """Return what the targets are, and shift and sums of each row of logits.
 
     They are of all of its classes. For statistics or probabilities, the last result is the row's
     most probable class, which is then the one apart.
     """
+    axis, classes, stats = options.axis, options.classes, options.stats
     wide = compute_dtype(logits)
     rows = make_targets(axis, logits.shape, wide, given, classes)
     transform, class_mask = given.transform(wide), rows.class_mask
@@ -337,70 +368,6 @@ def rows_of_logits(
         shift, sums, (whole, target), (here, target_here), rows.uncounted, classes
     )
     return rows, shift, sums, whole
-
-
-def reduced_loss(
-    rows: Targets, z_loss: Any, shift: Any, sums: RowSums, reduction: Reduction, examples: Names
-) -> Array:
-    """Return the reduction of the examples' losses, computed without the class axis.
-
-    With it, as 1 at the end, XLA's sum on the CPU takes five times longer (jax 0.10.2), and there
-    are more kernels.
-    """
-    squeezed: dict[int, Array] = {}
-
-    def squeeze(x: Array) -> Array:
-        if id(x) not in squeezed:
-            squeezed[id(x)] = jax.lax.squeeze(x, (rows.axis,)) if x.ndim else x
-        return squeezed[id(x)]
-
-    rows = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
-    values = rows, None if z_loss is None else shift, sums
-    rows, shift, sums = jax.tree.map(squeeze, values)
-    return reduce(loss_terms(rows, z_loss, shift, sums), reduction, examples)
-
-
-def loss_terms(
-    rows: Targets, z_loss: Array | None, shift: Any, sums: RowSums
-) -> list[tuple[Array, Array]]:
-    """Return (numerator, denominator) of the examples, of the loss and of any z-loss."""
-    # An example neither counted nor finite: its sums are hidden, not its result, whose derivatives
-    # would be 0 * inf.
-    finite = is_finite(sums) if z_loss is None else is_finite(sums) & jnp.isfinite(shift * shift)
-    hidden = rows.uncounted & ~jax.lax.stop_gradient(finite)
-    sums = sums.blank(hidden)
-    loss = _loss_of_log_probs(rows, sums) if sums.others is None else _loss(rows, sums)
-    terms = [(rows.example_weight * loss, rows.denominator)]
-    if z_loss is not None:
-        z_loss = z_loss.astype(shift.dtype)
-        normalizer = jnp.where(hidden, 0, shift) + log_total(sums.left, sums.others)
-        terms.append(
-            (safe_multiply(z_loss, rows.example_weight * normalizer**2), rows.sample_weight)
-        )
-    return terms
-
-
-def _loss(rows: Targets, sums: RowSums) -> Array:
-    loss = surprise(sums.left, sums.others)
-    if sums.left_mass is not None:
-        mass_logit: Array = sums.mass_logit - safe_multiply(sums.mass, sums.left)
-        return safe_multiply(sums.mass + sums.left_mass, loss) - mass_logit
-    if rows.target_weight is not None:
-        loss = safe_multiply(rows.target_weight, loss)
-    if sums.mass is not None:
-        loss += safe_multiply(sums.mass, log_total(sums.left, sums.others)) - sums.mass_logit
-    return loss
-
-
-def _loss_of_log_probs(rows: Targets, sums: RowSums) -> Any:
-    loss: Any = 0
-    if sums.left is not None:
-        loss = (
-            -sums.left
-            if rows.target_weight is None
-            else safe_multiply(rows.target_weight, -sums.left)
-        )
-    return loss if sums.mass is None else loss - sums.mass_logit
 
 
 @public

@@ -7,32 +7,21 @@ ratio = jnp.exp(stats.log_prob - old_log_prob)      # PPO, GRPO
 ```
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
-from ._linear import HeadOptions, read_head, rows_of_head
-from ._losses import Options, rows_of_logits
-from ._rows import RowSums, entropy, log_total, surprise
-from ._targets import Given, Targets, read_given
+from ._linear import HeadOptions, read_head, rows_of_head, stats_of_head
+from ._losses import Options, rows_of_logits, stats_of_logits
+from ._reduction import TokenStats
+from ._targets import Given, read_given
 
 WANTED = "the statistics are of one class a token, given as an index"
-
-
-class TokenStats(NamedTuple):
-    """Statistics of every token, arrays of the targets' shape."""
-
-    log_prob: Array
-    log_normalizer: Array
-    entropy: Array
-    prediction: Array
-    correct: Array
 
 
 @public
@@ -56,7 +45,8 @@ def token_stats(
       `jaxent.cross_entropy` is :math:`z\,\mathrm{lse}^2`,
     * `entropy`, :math:`-\sum_c p_c \log p_c`, in nats,
     * `prediction`, the most probable class, the first of equals; int32,
-    * `correct`, whether that is the target; bool.
+    * `correct`, whether that is the target; bool,
+    * `counted`, whether the token is; bool.
 
     The first three are differentiable, with any cotangents together, twice. A token that is
     ignored, or has no class left, has 0 for each of them, the prediction -1, and is not correct.
@@ -97,13 +87,12 @@ def token_stats(
         softcap=softcap,
     )
     (classes,) = read_axis_names(x, class_axis_name=class_axis_name)
-    return _token_stats(Options(axis=axis, classes=classes), x, given)
+    return _token_stats(Options(axis=axis, classes=classes, stats=True), x, given)
 
 
 @compiled
 def _token_stats(options: Options, logits: Array, given: Given) -> TokenStats:
-    rows, shift, sums, best = rows_of_logits(options.axis, logits, given, options.classes, True)
-    return _stats(rows, shift, sums, best)
+    return stats_of_logits(options, logits, given, rows_of_logits(options, logits, given))
 
 
 @public
@@ -174,23 +163,5 @@ def linear_token_stats(
 def _linear_token_stats(
     options: HeadOptions, hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> TokenStats:
-    return _stats(*rows_of_head(options.plan, options.layout, hidden, kernel, bias, given))
-
-
-def _stats(rows: Targets, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
-    counted = rows.sample_weight != 0
-    # The sums, not what comes of them, whose derivatives would be 0 * inf.
-    shift, sums = jnp.where(counted, shift, 0), sums.blank(~counted)
-    log_sum = log_total(sums.left, sums.others)
-    is_prediction = prediction == rows.index
-    log_prob = jnp.where(is_prediction, -surprise(sums.left, sums.others), sums.target - log_sum)
-    prediction = jnp.where(counted, prediction.astype(jnp.int32), -1)
-    stats = TokenStats(
-        log_prob=rows.example_weight * log_prob,
-        log_normalizer=shift + log_sum,
-        entropy=entropy(sums),
-        prediction=prediction,
-        correct=counted & is_prediction,
-    )
-    squeezed: TokenStats = jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
-    return squeezed
+    found = rows_of_head(options.plan, options.layout, hidden, kernel, bias, given)
+    return stats_of_head(options, hidden, kernel, bias, given, found)

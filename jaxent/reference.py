@@ -22,6 +22,7 @@ from ._arguments import (
     Reduction,
     check_head_targets,
     check_reduction,
+    check_return_stats,
     is_float,
     read_array,
     read_axis,
@@ -43,7 +44,8 @@ from ._arguments import (
 )
 from ._axes import AxisName, read_axis_names
 from ._calls import public
-from ._stats import WANTED, TokenStats
+from ._reduction import TokenStats
+from ._stats import WANTED
 
 
 class _Examples(NamedTuple):
@@ -124,13 +126,16 @@ def cross_entropy(
     softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Any:
     """Return -sum_c w_c q_c log p_c + z * lse^2, reduced; q = (1 - eps) * t + eps / C."""
     x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits")
     _check_whole(x, axis_name=axis_name, class_axis_name=class_axis_name)
     e = _examples(x, axis, targets, ignored, weight, sample_weight, class_mask, "logits")
     x = jnp.moveaxis(x, axis, -1)
-    return _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
+    loss = _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
+    check_return_stats(return_stats)
+    return (loss, _token_stats(x, e, logit_scale, softcap)) if return_stats else loss
 
 
 @public
@@ -156,14 +161,17 @@ def linear_cross_entropy(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Any:
     """Return the cross-entropy of hidden @ kernel + bias; chunks are no part of a formula."""
     names = axis_name, class_axis_name, width_axis_name
     x, e = _read_head(
         hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index,
         weight, sample_weight, class_mask, *names,
     )  # fmt: skip
-    return _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
+    loss = _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
+    check_return_stats(return_stats)
+    return (loss, _token_stats(x, e, logit_scale, softcap)) if return_stats else loss
 
 
 @public
@@ -280,14 +288,15 @@ def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> Toke
     logits, counted = _logits(x, e.class_mask, logit_scale, softcap), e.sample_weight != 0
     log_p, lse = _log_softmax(logits(~counted))
     p = jnp.exp(log_p)
-    prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1, keepdims=True)
-    is_target = jnp.take_along_axis(e.target, prediction, -1) > 0
+    prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1)
+    is_target = (prediction == jnp.argmax(e.target, -1)) & ~jnp.isnan(e.nan)
     return TokenStats(
         log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
         log_normalizer=jnp.where(counted, lse, 0),
         entropy=jnp.where(counted, -jnp.sum(_safe_multiply(p, log_p), -1), 0),
-        prediction=jnp.where(counted, prediction[..., 0].astype(jnp.int32), -1),
-        correct=counted & is_target[..., 0],
+        prediction=jnp.where(counted, prediction.astype(jnp.int32), -1),
+        correct=counted & is_target,
+        counted=counted,
     )
 
 

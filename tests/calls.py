@@ -201,7 +201,8 @@ class HeadCall(Call):
 
     @property
     def dtype(self):
-        return jnp.result_type(self.floats["hidden"], self.floats["kernel"])
+        # NumPy's: JAX's knows no float64 here, outside of `precision`.
+        return np.result_type(self.floats["hidden"], self.floats["kernel"])
 
 
 HEAD_SHAPES = [((5,), 0), ((4, 5), 1), ((7, 13), 1), ((2, 3, 6), 2), ((3, 2), 1), ((0, 4), 1)]

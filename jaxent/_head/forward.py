@@ -32,14 +32,18 @@ from .chunks import (
     whole,
 )
 from .streaming import (
+    Rows,
     add_chunk,
+    gradients_of_rows,
     head_sums,
     no_classes,
+    pack,
     streamed_sums,
+    unpack,
     values_of,
 )
 
-Terms = Callable[[Any, Array, RowSums], Array]
+Terms = Callable[[Any, Array, RowSums, Any], Array]
 Floats = tuple[Head, Any]  # a head, and the float arrays of the terms
 
 
@@ -49,38 +53,67 @@ def head_total(
     head: Head,
     rows: Any,
     fixed: Fixed,
-) -> Array:
-    """Return the sum of `terms(rows, shift, sums)`, its gradients made in the forward pass.
+) -> tuple[Array, Rows | None]:
+    """Return the sum of the terms, its gradients made in the forward pass.
+
+    With `plan.stats`, the second result is what `head_sums` returns. Its gradients are not made
+    here: where somebody differentiates it, they are streamed.
 
     Args:
       plan, head, fixed: as in `head_sums`.
-      terms: a function of shift and sums that returns a term for each token, (N, 1). It is
-        static.
+      terms: a function of rows, shift, sums and of whether the target is the most probable class
+        (None without statistics), that returns a term for each token, (N, 1). It is static.
       rows: float arrays for it, (N, 1) or scalars, in what has a method `by_token`.
     """
-    return _total(plan, terms, *vary_alike(head, rows, fixed))
+    head, rows, fixed = vary_alike(head, rows, fixed)
+    total, packed = _total(plan, terms, head, rows, fixed)
+    if packed is None:
+        return total, None
+    values, best = packed
+    shift, sums = unpack(plan, head, fixed, values)
+    return total, (jax.lax.stop_gradient(shift), sums, best)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> Array:
-    shift, sums, _ = streamed_sums(plan, head, fixed, rows.targets.sample_weight)
-    return jnp.sum(terms(rows, shift, sums))
+def _total(plan: Plan, terms: Terms, head: Head, rows: Any, fixed: Fixed) -> tuple[Array, Any]:
+    streamed = streamed_sums(plan, head, fixed, rows.targets.sample_weight)
+    total = _sum(terms, rows, fixed, streamed)
+    return total, pack(head, fixed, streamed)[0] if plan.stats else None
 
 
-def _total_fwd(plan: Plan, terms: Terms, head: Any, rows: Any, fixed: Any) -> tuple[Array, Any]:
+def _sum(terms: Terms, rows: Any, fixed: Fixed, of_tokens: Rows) -> Array:
+    shift, sums, best = of_tokens
+    is_prediction = None if sums.target is None else best == fixed.target
+    return jnp.sum(terms(rows, shift, sums, is_prediction))
+
+
+def _total_fwd(plan: Plan, terms: Terms, head: Any, rows: Any, fixed: Any) -> tuple[Any, Any]:
     if rows.targets.sample_weight.perturbed:
         plan = dataclasses.replace(plan, skip=False)
     head, rows, fixed = values_of((head, rows, fixed))
-    total, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
+    total, of_tokens, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
     gradients = blank_hidden(d_head, fixed.uncounted), d_rows
     like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))
-    return total, (gradients, like)
+    packed, streamed = pack(head, fixed, of_tokens) if plan.stats else (None, None)
+    return (total, packed), (gradients, like, streamed)
 
 
-def _total_bwd(plan: Plan, terms: Terms, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
-    gradients, like = residuals
-    gradients = jax.tree.map(lambda g, x: (cotangent * g).astype(x.dtype), gradients, like)
-    return *gradients, None
+def _total_bwd(plan: Plan, terms: Terms, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+    gradients, like, streamed = residuals
+    cotangent, of_tokens = cotangents
+    if _is_zero(cotangent):
+        gradients = jax.tree.map(lambda g, x: jnp.zeros(g.shape, x.dtype), gradients, like)
+    else:
+        gradients = jax.tree.map(lambda g, x: (cotangent * g).astype(x.dtype), gradients, like)
+    d_head, d_rows = gradients
+    if streamed is not None and not all(map(_is_zero, jax.tree.leaves(of_tokens[0]))):
+        plan = plan if plan.skip else whole(plan)
+        d_head = jax.tree.map(jnp.add, d_head, gradients_of_rows(plan, streamed, of_tokens))
+    return d_head, d_rows, None
+
+
+def _is_zero(cotangent: Any) -> bool:
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
 
 
 _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
@@ -89,7 +122,7 @@ _total.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _total_and_gradients(
     plan: Plan, terms: Terms, floats: Floats, fixed: Fixed
-) -> tuple[Array, Floats]:
+) -> tuple[Array, Any, Floats]:
     blocks = functools.partial(_blocks_pass, terms=terms)
     return on_platform(blocks, plan, floats, fixed)
 
@@ -101,14 +134,14 @@ def _total_and_gradients_jvp(
     floats, fixed = primals
     plan = whole(plan)
 
-    def total(floats: Floats) -> Array:
+    def total(floats: Floats) -> tuple[Array, Any]:
         head, rows = floats
-        shift, sums, _ = head_sums(plan, head, fixed, rows.targets.sample_weight)
-        return jnp.sum(terms(rows, shift, sums))
+        streamed = head_sums(plan, head, fixed, rows.targets.sample_weight)
+        return _sum(terms, rows, fixed, streamed), streamed if plan.stats else None
 
-    def wide(floats: Floats) -> tuple[Array, Floats]:
-        total_, gradients = jax.value_and_grad(total)(floats)
-        return total_, _widen(plan, gradients)
+    def wide(floats: Floats) -> tuple[Array, Any, Floats]:
+        (total_, of_tokens), gradients = jax.value_and_grad(total, has_aux=True)(floats)
+        return total_, of_tokens, _widen(plan, gradients)
 
     # All of it in chunks of classes: no block's logits are held where second order is asked for.
     return jax.jvp(wide, (floats,), tangents[:1])
@@ -120,7 +153,9 @@ def _widen(plan: Plan, gradients: Tree) -> Tree:
     return wide
 
 
-def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tuple[Array, Floats]:
+def _blocks_pass(
+    plan: Plan, floats: Floats, fixed: Fixed, terms: Terms
+) -> tuple[Array, Any, Floats]:
     blocks = blocks_of(plan, fixed)
     head, rows = floats[0].by_token(blocks.first), floats[1].by_token(blocks.first)
     fixed = fixed.by_token(blocks.first)
@@ -130,23 +165,25 @@ def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tupl
     def turn(_: Any, chunk: Chunk, rows: Any, fixed: Fixed) -> tuple[Any, Any]:
         logits = chunk_logits(plan, chunk.head)
         none = no_classes(plan, chunk.head, fixed)
-        shift, sums, best = add_chunk(plan, none, chunk, fixed, logits)
+        shift, sums, best = found = add_chunk(plan, none, chunk, fixed, logits)
         fixed = fixed._replace(best=best)
 
         def block_total(rows: Any, sums: RowSums) -> Array:
-            return jnp.sum(terms(rows, shift, sums))
+            return _sum(terms, rows, fixed, (shift, sums, best))
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
         d_head = chunk_gradients(plan, Around(shift, cotangents), chunk, fixed, logits)
         of_tokens, of_all = _split(_widen(plan, (d_head, d_rows)))
-        return of_tokens, (value, of_all)
+        return (of_tokens, found if plan.stats else None), (value, of_all)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), (head, rows))
-    of_tokens, _ = _split(vary_like(head.hidden, zeros))
-    of_tokens, (total, of_all) = blocks.run(turn, of_tokens, chunk, rows, fixed)
-    of_tokens = jax.tree.map(blocks.back, of_tokens)
-    return total, jax.tree.map(_either, of_tokens, of_all, is_leaf=_is_none)
+    found = jax.tree.map(jnp.zeros_like, no_classes(plan, head, fixed)) if plan.stats else None
+    zeros, found = vary_like(head.hidden, (zeros, found))
+    initial = _split(zeros)[0], found
+    of_tokens, (total, of_all) = blocks.run(turn, initial, chunk, rows, fixed)
+    of_tokens, found = jax.tree.map(blocks.back, of_tokens)
+    return total, found, jax.tree.map(_either, of_tokens, of_all, is_leaf=_is_none)
 
 
 def _split(floats: Any) -> tuple[Any, Any]:

@@ -174,14 +174,15 @@ def on_shards(
     hidden: Array,
     kernel: Array,
     rest: Any,
-    scalar: bool = False,
+    out_specs: Any = None,
 ) -> Any:
     """Call the function with each device's part, or with all where nothing is split.
 
     Args:
       rest: a tree of arrays with the logits' dimensions, of sizes that broadcast to theirs, and
         of scalars.
-      scalar: whether a scalar comes back, the same on all devices, and not a tree of (..., 1).
+      out_specs: of what comes back, by default a tree of (..., 1); P() for a scalar, the same on
+        all devices.
     """
     if layout.mesh is None:
         return function(hidden, kernel, rest)
@@ -204,7 +205,7 @@ def on_shards(
         function,
         mesh=layout.mesh,
         in_specs=specs,
-        out_specs=P() if scalar else layout.of_hidden(),
+        out_specs=layout.of_hidden() if out_specs is None else out_specs,
         axis_names=names,
     )
     return mapped(hidden, kernel, rest)

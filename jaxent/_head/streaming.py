@@ -64,20 +64,26 @@ def head_sums(
     """
     head, fixed, sample_weight = vary_alike(head, fixed, sample_weight)
     values, best = _packed_sums(plan, head, fixed, sample_weight)
-    shift, sums = _unpack(plan, head, fixed, values)
+    shift, sums = unpack(plan, head, fixed, values)
     return jax.lax.stop_gradient(shift), sums, best
 
 
 # The class is an output of its own, as no float has the number of each: it is selected by the sums,
 # so that `vmap` maps both or neither, as `packed` is for.
-def _pack(shift: Array, sums: RowSums, best: Array | None) -> tuple[Any, Array | None]:
+def pack(head: Head, fixed: Fixed, rows: Rows) -> tuple[tuple[Any, Array | None], Residuals]:
+    """Return the rows as a primitive does, and what their gradient needs."""
+    shift, sums, best = rows
+    # 0 in an uncounted row of NaN: an eager gradient keeps it, where `jax_debug_nans` sees it.
+    shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
     values = packed((shift, sums), -1)
+    residuals = head, fixed._replace(best=best), shift
     if best is not None:
         best = jnp.where(jnp.any(values > 0, -1, keepdims=True), best, best)
-    return values, best
+    return (values, best), residuals
 
 
-def _unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, RowSums]:
+def unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, RowSums]:
+    """Return shift and sums, or the gradients of theirs, of what was packed."""
     asked = _sums_like(plan, head, fixed, 0)
     shift_and_sums: tuple[Array, RowSums] = unpacked(jax.tree.structure((0, asked)), values, -1)
     return shift_and_sums
@@ -86,13 +92,15 @@ def _unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, R
 def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
     """Return sums of this value, where they are asked for."""
     best = keeps_best_apart(plan, fixed)
-    mass = None if head.mass is None else value
+    mass, has_probabilities = None, False
+    if head.mass is not None:
+        mass, has_probabilities = value, head.mass.probabilities is not None
     return RowSums(
         left=value,
         others=value,
         moment=value if plan.stats else None,
         target=value if best and fixed.target is not None else None,
-        left_mass=mass if best else None,
+        left_mass=value if has_probabilities else None,
         mass=mass,
         mass_logit=mass,
     )
@@ -108,10 +116,7 @@ def _packed_sums(
 def _packed_sums_and_residuals(
     plan: Plan, head: Head, fixed: Fixed, sample_weight: Array
 ) -> tuple[tuple[Array, Array | None], Residuals]:
-    shift, sums, best = streamed_sums(plan, head, fixed, sample_weight)
-    # 0 in an uncounted row of NaN: an eager gradient keeps it, where `jax_debug_nans` sees it.
-    shift = jnp.where(fixed.uncounted & ~jnp.isfinite(shift), 0, shift)
-    return _pack(shift, sums, best), (head, fixed._replace(best=best), shift)
+    return pack(head, fixed, streamed_sums(plan, head, fixed, sample_weight))
 
 
 def _packed_sums_fwd(plan: Plan, head: Any, fixed: Any, sample_weight: Any) -> Any:
@@ -121,10 +126,15 @@ def _packed_sums_fwd(plan: Plan, head: Any, fixed: Any, sample_weight: Any) -> A
 
 
 def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[Head, None, None]:
+    return gradients_of_rows(plan, residuals, cotangent), None, None
+
+
+def gradients_of_rows(plan: Plan, residuals: Residuals, cotangent: Any) -> Head:
+    """Return the gradients of a head, given those of what `pack` returned."""
     head, fixed, shift = residuals
-    _, cotangents = _unpack(plan, head, fixed, cotangent[0])
+    _, cotangents = unpack(plan, head, fixed, cotangent[0])
     gradients = _gradients(plan, (head, Around(shift, cotangents)), fixed)
-    return blank_hidden(gradients, fixed.uncounted), None, None
+    return blank_hidden(gradients, fixed.uncounted)
 
 
 _packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd, symbolic_zeros=True)

@@ -24,7 +24,15 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         # Until it is rewritten:
         jaxent.reference.cross_entropy(logits, labels),  # pyright: ignore[reportUnknownMemberType]
         stats.log_prob,
+        *both(logits, labels, kernel),
     ]
+
+
+def both(logits: Array, labels: Array, kernel: Array) -> list[Array]:
+    loss, stats = jaxent.cross_entropy(logits, labels, z_loss=1e-4, return_stats=True)
+    streamed, of_head = jaxent.linear_cross_entropy(logits, kernel, labels, return_stats=True)
+    alone: Array = jaxent.cross_entropy(logits, labels, return_stats=False)
+    return [loss, stats.counted, streamed, of_head.entropy, alone]
 
 
 def objects(logits: Array, labels: Array, kernel: Array, rngs: nnx.Rngs) -> list[Array]:
@@ -38,6 +46,8 @@ def objects(logits: Array, labels: Array, kernel: Array, rngs: nnx.Rngs) -> list
         nll(logits, labels, weight=None),
         streamed(logits, kernel, labels, bias=kernel[0], z_loss=1e-4),
         head.loss(logits, labels, chunk_size=1024) + head(logits).sum(),
+        loss(logits, labels, return_stats=True)[1].log_prob,
+        head.loss(logits, labels, return_stats=True)[0],
     ]
 
 

@@ -11,6 +11,8 @@ def functions(logits: Array, labels: Array, kernel: Array) -> None:
     jaxent.nll(logits, labels, z_loss=1e-4)  # error
     jaxent.linear_cross_entropy(logits, kernel, labels, precision=3)  # error
     jaxent.token_stats(logits, labels, reduction="mean")  # error
+    jaxent.cross_entropy(logits, labels, return_stats=True).sum()  # error
+    jaxent.cross_entropy(logits, labels, return_stats=True, label_smothing=0.1)  # error
     jaxent.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
