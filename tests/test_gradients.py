@@ -12,6 +12,7 @@ from hypothesis import given
 
 import jaxent
 from jaxent import reference
+from jaxent._forms import forced
 
 both_sums = pytest.mark.usefixtures("sums")
 law = examples(12)
@@ -346,3 +347,70 @@ def test_grad_of_grad_with_smoothing_passes_by_uncounted_nan_rows(classes):
     assert jnp.all(jnp.isfinite(gradient))
     assert jnp.any(gradient[0] != 0)
     assert jnp.all(gradient[1] == 0)
+
+
+BAD_ROWS = [
+    [np.nan, 1.0, 2.0, 0.0],
+    [np.inf, 1.0, 2.0, 0.0],
+    [np.inf] * 4,
+    [-np.inf] * 4,
+    [np.inf, -np.inf, np.nan, 3e38],
+]
+
+
+def assert_same_second_derivatives(loss, arguments, rows):
+    """Of the rows, forward over reverse and reverse over reverse, as those of the first."""
+    random = np.random.default_rng(0)
+    draw = lambda x: random.normal(size=np.shape(x)).astype("float32")  # noqa: E731
+    direction = jax.tree.map(draw, arguments(rows[0]))
+
+    @jax.jit
+    def second(arguments):
+        gradient = jax.grad(loss)
+
+        def slope(arguments):
+            products = jax.tree.map(jnp.vdot, gradient(arguments), direction)
+            return sum(jax.tree.leaves(products))
+
+        return jax.jvp(gradient, (arguments,), (direction,))[1], jax.grad(slope)(arguments)
+
+    expected, *others = (second(arguments(np.array(row, "float32"))) for row in rows)
+    assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(expected))
+    for actual in others:
+        jax.tree.map(lambda a, b: assert_close(a, b, 64), actual, expected)
+
+
+@both_sums
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_law_8_an_uncounted_row_acts_as_deleted_in_second_order(kind):
+    targets = jnp.array([0, 2, 3]) if kind == "indices" else jnp.eye(4)[jnp.array([0, 2, 3])]
+    sample_weight = jnp.array([1.0, 0.0, 2.0])
+
+    def loss(arguments):
+        given = arguments | {"targets": targets, "sample_weight": sample_weight}
+        return jaxent.cross_entropy(**given) + jaxent.cross_entropy(**given, softcap=5.0)
+
+    def arguments(row):
+        logits = np.stack([[1.0, 2.0, 3.0, -1.0], row, [0.0, 1.0, 1.0, 0.5]]).astype("float32")
+        scalars = {"label_smoothing": 0.1, "z_loss": 0.1, "logit_scale": 0.7}
+        return {"logits": logits, "weight": np.ones(4, "f4"), **scalars}
+
+    assert_same_second_derivatives(loss, arguments, [[0.0] * 4, *BAD_ROWS])
+
+
+@pytest.mark.parametrize("made_forward", [False, True], ids=["streamed", "made forward"])
+def test_law_8_an_uncounted_token_acts_as_deleted_in_second_order(made_forward):
+    kernel = np.random.default_rng(1).normal(size=(4, 7)).astype("float32")
+
+    def loss(arguments):
+        return jaxent.linear_cross_entropy(
+            **arguments, targets=jnp.array([0, -100, 3]), label_smoothing=0.1, chunk_size=3
+        )
+
+    def arguments(row):
+        hidden = np.stack([[1.0, 2.0, 3.0, -1.0], row, [0.0, 1.0, 1.0, 0.5]]).astype("float32")
+        scalars = {"z_loss": 0.1, "logit_scale": 0.7}
+        return {"hidden": hidden, "kernel": kernel, "bias": np.ones(7, "f4"), **scalars}
+
+    with forced(made_forward=made_forward, skip=False):
+        assert_same_second_derivatives(loss, arguments, [[0.0] * 4, *BAD_ROWS])
