@@ -1,8 +1,10 @@
 """The charts of the README, drawn from the results that are kept."""
 
+import functools
 import importlib.util
 import json
 import pathlib
+import textwrap
 
 from . import engine
 
@@ -27,6 +29,45 @@ def of_exactness(row):
     )
 
 
+def of_counted(saved: dict, path: pathlib.Path) -> None:
+    """A line for each shape of a head: its time of naive's, against the tokens that count."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, 2, figsize=(9, 3.6), layout="constrained", facecolor="white", sharey=True
+    )
+    for axes, dtype in zip(panels, ("float32", "bfloat16")):
+        rows = [row for row in saved["rows"] if row["case"]["dtype"] == dtype]
+        shapes = dict.fromkeys(
+            tuple(row["case"][key] for key in ("tokens", "width", "classes")) for row in rows
+        )
+        axes.axhline(1, color="0.4", lw=1, ls="--", label="loss on the logits")
+        axes.plot([0, 1], [0, 1], color="0.8", lw=1, label="in proportion to what counts")
+        for i, shape in enumerate(shapes):
+            points = sorted(
+                (1 - row["case"]["ignored"], row["score"])
+                for row in rows
+                if tuple(row["case"][key] for key in ("tokens", "width", "classes")) == shape
+            )
+            label = None if i else "jaxent's head, five shapes"
+            axes.plot(*zip(*points), "o-", color=OURS, lw=1.2, ms=4, alpha=0.8, label=label)
+        axes.set(title=dtype, xlabel="part of the tokens that counts", xlim=(0, 1.03))
+        axes.set_ylim(0, 1.4)
+        axes.grid(color="0.93")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("time of loss and gradients\nof that of the loss on the logits")
+    panels[0].legend(fontsize=9, frameon=False, loc="lower right")
+    caption = textwrap.fill(engine.origin(saved), 150)
+    figure.supxlabel(caption, fontsize=7, color="grey", x=0.01, ha="left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+OURS = "#0b3d91"
 CHARTS = {  # the picture's name: of which question, and how
     "speed": (
         "dense_speed",
@@ -52,6 +93,7 @@ CHARTS = {  # the picture's name: of which question, and how
             "hide": ("of",),
         },
     ),
+    "counted": ("head_ignored", of_counted),
 }
 
 
@@ -66,5 +108,6 @@ def draw(folder: pathlib.Path) -> None:
         if not importlib.util.find_spec("matplotlib"):
             print(f"{picture}.png is not drawn: matplotlib is not installed")
             continue
-        engine.chart(json.loads(saved.read_text()), target / f"{picture}.png", **how)
+        draw_it = how if callable(how) else functools.partial(engine.chart, **how)
+        draw_it(json.loads(saved.read_text()), target / f"{picture}.png")
         print(f"{picture}.png is drawn")
