@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 import pathlib
-import textwrap
 
 from . import engine
 
@@ -17,6 +16,10 @@ EXACT_CLASSES = (1000, 128256)
 
 def of_speed(row):
     return row["case"]["pass"] == "with backward" and row["case"]["options"] == "plain"
+
+
+def of_memory(row):
+    return row["case"]["head"] == "Llama 3 8B"
 
 
 def of_exactness(row):
@@ -53,7 +56,7 @@ def of_counted(saved: dict, path: pathlib.Path) -> None:
                 if tuple(row["case"][key] for key in ("tokens", "width", "classes")) == shape
             )
             label = None if i else "jaxent's head, five shapes"
-            axes.plot(*zip(*points), "o-", color=OURS, lw=1.2, ms=4, alpha=0.8, label=label)
+            axes.plot(*zip(*points), "o-", color=engine.OURS, lw=1.2, ms=4, alpha=0.8, label=label)
         axes.set(title=dtype, xlabel="part of the tokens that counts", xlim=(0, 1.03))
         axes.set_ylim(0, 1.4)
         axes.grid(color="0.93")
@@ -61,13 +64,9 @@ def of_counted(saved: dict, path: pathlib.Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time of loss and gradients\nof that of the loss on the logits")
     panels[0].legend(fontsize=9, frameon=False, loc="lower right")
-    caption = textwrap.fill(engine.origin(saved), 150)
-    figure.supxlabel(caption, fontsize=7, color="grey", x=0.01, ha="left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    engine.keep(figure, saved, path)
 
 
-OURS = "#0b3d91"
 CHARTS = {  # the picture's name: of which question, and how
     "speed": (
         "dense_speed",
@@ -82,7 +81,11 @@ CHARTS = {  # the picture's name: of which question, and how
     ),
     "memory": (
         "head_memory",
-        {"label": "scratch memory of loss and gradients, MB; less is better", "floor": 1},
+        {
+            "label": "scratch memory of loss and gradients, MB; less is better",
+            "only": of_memory,
+            "floor": 1,
+        },
     ),
     "exactness": (
         "exactness",

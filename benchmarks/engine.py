@@ -188,6 +188,9 @@ def save(saved: dict, path: pathlib.Path) -> None:
     path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
+OURS = "#0b3d91"  # jaxent's colour in every chart
+
+
 def chart(
     saved: dict,
     path: pathlib.Path,
@@ -220,7 +223,7 @@ def chart(
     ]
     palette = plt.get_cmap("Set2").colors
     colors = {side: palette[i % len(palette)] for i, side in enumerate(sides)}
-    colors["jaxent"] = "#0b3d91"
+    colors["jaxent"] = OURS
     bars = {side: ([], []) for side in sides}  # places, lengths
     ticks, names, place = [], [], 0
     for row in rows:
@@ -253,6 +256,13 @@ def chart(
     axes.set_xlabel(label or saved["unit"])
     axes.set_title(saved["title"], fontsize=11, loc="left")
     figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    keep(figure, saved, path)
+
+
+def keep(figure: Any, saved: dict, path: pathlib.Path) -> None:
+    """Write a figure to a file, with a caption that says where it was measured."""
+    import matplotlib.pyplot as plt
+
     caption = textwrap.fill(origin(saved), 150)
     figure.supxlabel(caption, fontsize=7, color="grey", x=0.01, ha="left")
     figure.savefig(path, dpi=120)

@@ -92,7 +92,7 @@ def _unpacked(axis: int, moment: bool, arguments: Any, packed: Any) -> RowSums:
         others=_zero_if(shift is not None),
         moment=_zero_if(moment),
         target=_zero_if(target is not None),
-        left_mass=_zero_if(_keeps_mass_apart(shift, mass)),
+        left_mass=_zero_if(keeps_mass_apart(shift, mass)),
         mass=_zero_if(mass is not None),
         mass_logit=_zero_if(mass is not None),
     )
@@ -104,7 +104,8 @@ def _zero_if(asked: bool) -> int | None:
     return 0 if asked else None
 
 
-def _keeps_mass_apart(shift: Any, mass: TargetMass | None) -> bool:
+def keeps_mass_apart(shift: Any, mass: TargetMass | None) -> bool:
+    """Return whether the sums have the mass of the class apart by itself: not beside an index."""
     return shift is not None and mass is not None and mass.probabilities is not None
 
 
@@ -187,7 +188,7 @@ def set_sums(
         sums = sums._replace(
             mass=_xla.sum_classes(axis, q), mass_logit=_xla.sum_classes(axis, product(q, centred))
         )
-        if _keeps_mass_apart(shift, mass) and apart is not None:
+        if keeps_mass_apart(shift, mass) and apart is not None:
             left_mass = mass.at(apart, axis, class_mask).astype(q.dtype)
             left_mass = jnp.where(_xla.is_inside(apart, axis, x), left_mass, 0)
             sums = sums._replace(
@@ -223,7 +224,7 @@ def _in_one_loop(
     if mass is not None:
         q = without_infinite_derivative(mass.values(class_mask), centred)
         mass_logit = product(q, centred)
-        if _keeps_mass_apart(shift, mass):
+        if keeps_mass_apart(shift, mass):
             left_mass = jnp.where(is_apart, q, 0)
             mass_logit = jnp.where(is_apart, 0, mass_logit)
             q = jnp.where(is_apart, 0, q)

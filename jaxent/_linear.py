@@ -253,11 +253,10 @@ def _linear_cross_entropy(
     options: HeadOptions, hidden: Array, kernel: Array, bias: Any, given: Given
 ) -> Array | tuple[Array, TokenStats]:
     plan, layout, reduction = options.plan, options.layout, options.reduction
-    found: Any
     if plan.made_forward:
         head, rows = _make_head(plan, layout, hidden, kernel, bias, given)
         loss, of_tokens = _total(plan, head, rows, given, reduction, layout)
-        found = of_tokens and (rows, *of_tokens)
+        found: Any = (rows, *of_tokens) if plan.stats else None
     else:
         found = rows_of_head(plan, layout, hidden, kernel, bias, given)
         loss = reduced_loss(found, given.z_loss, reduction, layout.examples)

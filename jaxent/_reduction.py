@@ -12,12 +12,13 @@ from jax.typing import ArrayLike
 
 from ._arguments import Reduction
 from ._axes import Names, psum
+from ._dense import row_max
 from ._numerics import nan_where, safe_multiply
 from ._rows import (
     RowSums,
+    Transform,
     combine_argmax,
     entropy,
-    first_best,
     is_finite,
     log_total,
     surprise,
@@ -182,6 +183,5 @@ def token_stats_of(
 
 
 def _most_probable(probabilities: Array, axis: int, classes: Names) -> Array:
-    best = first_best(probabilities, axis)
-    largest = jnp.max(probabilities, axis, keepdims=True)
+    _, largest, best = row_max(axis, Transform(), probabilities, None, with_class=True)
     return combine_argmax(largest, best, probabilities.shape[axis], classes)[0]

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from .._axes import vary_alike, vary_like
-from .._dense import set_sums
+from .._dense import keeps_mass_apart, set_sums
 from .._numerics import compute_dtype
 from .._rows import RowSums, Transform, first_best, merge
 from .._xla import packed, scatter_slice, unpacked
@@ -92,15 +92,13 @@ def unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, Ro
 def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
     """Return sums of this value, where they are asked for."""
     best = keeps_best_apart(plan, fixed)
-    mass, has_probabilities = None, False
-    if head.mass is not None:
-        mass, has_probabilities = value, head.mass.probabilities is not None
+    mass = None if head.mass is None else value
     return RowSums(
         left=value,
         others=value,
         moment=value if plan.stats else None,
         target=value if best and fixed.target is not None else None,
-        left_mass=value if has_probabilities else None,
+        left_mass=value if keeps_mass_apart(value, head.mass) else None,
         mass=mass,
         mass_logit=mass,
     )
