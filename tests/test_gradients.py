@@ -123,7 +123,7 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.fixture(params=CONFIGURATIONS, scope="module")
+@pytest.fixture(params=CONFIGURATIONS)
 def configured(request):
     with jax.enable_x64(True):
         loss, floats = make(jaxent.cross_entropy, **CONFIGURATIONS[request.param])
