@@ -26,7 +26,7 @@ from .chunks import (
     blank_hidden,
     blocks_of,
     chunk_gradients,
-    chunk_logits,
+    chunk_logits_and_pull,
     on_platform,
     read_chunk,
     whole,
@@ -128,7 +128,7 @@ def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tupl
     chunk = read_chunk(plan, head, fixed, jnp.zeros((), jnp.int32))
 
     def turn(_: Any, chunk: Chunk, rows: Any, fixed: Fixed) -> tuple[Any, Any]:
-        logits = chunk_logits(plan, chunk.head)
+        logits, pull_logits = chunk_logits_and_pull(plan, chunk.head)
         none = no_classes(plan, chunk.head, fixed)
         shift, sums, best = add_chunk(plan, none, chunk, fixed, logits)
         fixed = fixed._replace(best=best)
@@ -138,7 +138,9 @@ def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tupl
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
-        d_head = chunk_gradients(plan, Around(shift, cotangents), chunk, fixed, logits)
+        d_head = chunk_gradients(
+            plan, Around(shift, cotangents), chunk, fixed, (logits, pull_logits)
+        )
         of_tokens, of_all = _split(_widen(plan, (d_head, d_rows)))
         return of_tokens, (value, of_all)
 
