@@ -19,6 +19,8 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         jaxent.cross_entropy(logits, [1, 2, 3, 4], reduction="none", weight=[1.0] * 10),
         jaxent.nll(log_probs, labels, reduction="sum", ignore_index=None),
         jaxent.linear_cross_entropy(logits, kernel, labels, precision="highest"),
+        jaxent.next_token_targets(labels, segment_ids=[1, 1, 2, 2], ignore_index=0),
+        jaxent.linear_cross_entropy(logits, kernel, labels, dot_general=jax.lax.dot_general),
         jaxent.total_weight(labels, sample_weight=labels != 0),
         jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
         # Until it is rewritten:
