@@ -252,7 +252,8 @@ def test_precision_and_dtypes_reach_the_given_product(made_forward):
         loss, gradients = jax.value_and_grad(jaxent.linear_cross_entropy, (0, 1))(
             hidden, kernel, TARGETS, dot_general=noted, dtype=jnp.bfloat16, precision="highest"
         )
-    assert {*seen} == {(jnp.bfloat16, jnp.bfloat16, "highest", jnp.float32)}
+    half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert {*seen} == {(half, half, "highest", single)}
     logits = jnp.matmul(*(jnp.asarray(x, jnp.bfloat16) for x in (hidden, kernel)))
     assert_close(loss, jaxent.cross_entropy(logits, TARGETS), 8)
     assert all(gradient.dtype == jnp.float32 for gradient in gradients)
