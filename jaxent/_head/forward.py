@@ -108,15 +108,18 @@ def _total_and_gradients_jvp(
 
     def wide(floats: Floats) -> tuple[Array, Floats]:
         total_, gradients = jax.value_and_grad(total)(floats)
-        return total_, _widen(plan, gradients)
+        return total_, _widen(plan, gradients, floats)
 
     # All of it in chunks of classes: no block's logits are held where second order is asked for.
     return jax.jvp(wide, (floats,), tangents[:1])
 
 
-def _widen(plan: Plan, gradients: Tree) -> Tree:
-    """Return the gradients in float32, whatever a half-precision loss scale multiplies them by."""
-    wide: Tree = jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
+def _widen(plan: Plan, gradients: Tree, floats: Tree) -> Tree:
+    """Return the gradients in float32, whatever a half-precision loss scale multiplies them by.
+
+    In float64 where their array is, even if the products are not.
+    """
+    wide: Tree = jax.tree.map(lambda g, x: g.astype(compute_dtype(plan, x)), gradients, floats)
     return wide
 
 
@@ -141,7 +144,7 @@ def _blocks_pass(plan: Plan, floats: Floats, fixed: Fixed, terms: Terms) -> tupl
         d_head = chunk_gradients(
             plan, Around(shift, cotangents), chunk, fixed, (logits, pull_logits)
         )
-        of_tokens, of_all = _split(_widen(plan, (d_head, d_rows)))
+        of_tokens, of_all = _split(_widen(plan, (d_head, d_rows), (chunk.head, rows)))
         return of_tokens, (value, of_all)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), (head, rows))
