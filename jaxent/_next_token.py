@@ -91,7 +91,7 @@ def _dtype_with(dtype: Any, number: int) -> Any:
 
 
 @compiled
-def _next_token_targets(dtype: Any, tokens: Array, segment_ids: Any, ignored: Array) -> Array:
+def _next_token_targets(dtype: Any, tokens: Array, segment_ids: Any, ignored: Any) -> Array:
     if tokens.dtype != dtype:
         # What an unsigned dtype has beyond is out of range, and stays it.
         largest = jnp.iinfo(dtype).max
@@ -104,7 +104,7 @@ def _next_token_targets(dtype: Any, tokens: Array, segment_ids: Any, ignored: Ar
     return jnp.where(ends, ignored, targets)
 
 
-def _shifted(x: Array, last: Array) -> Array:
+def _shifted(x: Array, last: Any) -> Array:
     """Return (..., T) with each value at the place before its own, and another one at the end."""
     # A shift of slices would have to divide T - 1 over an explicit mesh.
     return jax.lax.pad(x, last, [(0, 0, 0)] * (x.ndim - 1) + [(-1, 1, 0)])
