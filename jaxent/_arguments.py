@@ -8,10 +8,11 @@ NumPy's, for one compiled function to read.
 """
 
 import functools
+import inspect
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ._numerics import compute_dtype, widened_dtype
+
 ArrayOrList = ArrayLike | Sequence[Any]
+DotGeneral = Callable[..., jax.Array]
 Reduction = Literal["mean", "sum", "none"]
 
 REDUCTIONS: tuple[Reduction, ...] = ("mean", "sum", "none")
@@ -408,7 +412,7 @@ def read_hidden_and_kernel(
         hint = "; the order of arguments is hidden, kernel, targets" if swapped else ""
         raise TypeError(f"{shapes}: both must be float arrays{hint}")
     for name, array in (("hidden", hidden), ("kernel", kernel)):
-        if jnp.finfo(array.dtype).bits < 16:
+        if jnp.finfo(array.dtype).bits < 8:
             raise TypeError(f"{shapes}: pass {name}.astype(jnp.bfloat16), or another wider dtype")
     class_axis = read_kernel_axis(class_axis) % 2
     if hidden.ndim == 0 or kernel.ndim != 2:
@@ -424,7 +428,8 @@ def read_hidden_and_kernel(
         raise ValueError(f"{shapes}: there are no classes along its axis {class_axis}")
     if width == 0:
         raise ValueError(f"{shapes}: the hidden states have no features, D is 0")
-    return hidden, kernel, class_axis, read_dtype(dtype) or jnp.result_type(hidden, kernel)
+    promoted = jnp.result_type(widened_dtype(hidden), widened_dtype(kernel))
+    return hidden, kernel, class_axis, read_dtype(dtype) or promoted
 
 
 def read_kernel_axis(class_axis: Any) -> int:
@@ -471,6 +476,66 @@ def read_precision(precision: Any, dtype: Any = jnp.float32) -> Any:
 def _try_precision(precision: Any, dtype: Any) -> None:
     one = jax.ShapeDtypeStruct((1, 1), dtype)
     jax.eval_shape(lambda a, b: jax.lax.dot(a, b, precision=precision), one, one)
+
+
+def read_dot_general(dot_general: Any) -> DotGeneral | None:
+    """Return a function that is called as `jax.lax.dot_general` and can be static; None for it."""
+    if dot_general is None or dot_general is jax.lax.dot_general:
+        return None
+    got = describe(dot_general)
+    if not callable(dot_general):
+        raise TypeError(f"dot_general must be a function like jax.lax.dot_general, got {got}")
+    own, held = jax.tree.leaves(dot_general), jax.tree.leaves(_closed_over(dot_general))
+    arrays = (jax.Array, np.ndarray)
+    if any(isinstance(x, arrays) for x in own) or any(isinstance(x, Tracer) for x in held):
+        raise TypeError(
+            f"dot_general must be static, without arrays or traced values of its own, got {got}; "
+            "let it compute scales from its operands, or from constants"
+        )
+    try:
+        hash(dot_general)
+        keywords = {"precision": None, "preferred_element_type": None}
+        inspect.signature(dot_general).bind(None, None, None, **keywords)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            "dot_general must be hashable, and take (lhs, rhs, dimension_numbers, precision=..., "
+            f"preferred_element_type=...) as jax.lax.dot_general does, got {got}: {error}"
+        ) from None
+    return cast(DotGeneral, dot_general)
+
+
+def _closed_over(function: Any) -> list[Any]:
+    """Return what a function or a partial one holds."""
+    if isinstance(function, functools.partial):
+        return [function.args, function.keywords, _closed_over(function.func)]
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells]
+
+
+def check_product(
+    dot_general: DotGeneral | None, hidden: Any, kernel: Any, class_axis: int, read: Any
+) -> None:
+    """Check that the product of hidden and kernel, as dtype and precision, is one."""
+    if dot_general is None:
+        return
+    width, num_classes = hidden.shape[-1], kernel.shape[class_axis]
+    product = _try_product(dot_general, class_axis, width, num_classes, *read)
+    if getattr(product, "shape", None) != (1, num_classes) or not is_float(product):
+        raise TypeError(
+            f"dot_general must return a float array, [1, {num_classes}] for hidden "
+            f"[1, {width}] and this kernel, got {describe(product)}"
+        )
+
+
+@functools.lru_cache
+def _try_product(
+    dot_general: DotGeneral, axis: int, width: int, num_classes: int, dtype: Any, precision: Any
+) -> Any:
+    shapes = (1, width), (width, num_classes) if axis == 1 else (num_classes, width)
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    dimensions = (((1,), (1 - axis,)), ((), ()))
+    keywords = {"precision": precision, "preferred_element_type": compute_dtype(*operands)}
+    return jax.eval_shape(lambda a, b: dot_general(a, b, dimensions, **keywords), *operands)
 
 
 def check_head_targets(targets: Any, hidden: Any, num_classes: int) -> None:

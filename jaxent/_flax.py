@@ -32,11 +32,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    DotGeneral,
     Reduction,
     check_axis,
     check_reduction,
     read_bool_mask,
     read_chunk_size,
+    read_dot_general,
     read_dtype,
     read_ignore_index,
     read_kernel_axis,
@@ -96,6 +98,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "class_axis": read_kernel_axis,
     "dtype": read_dtype,
     "precision": read_precision,
+    "dot_general": read_dot_general,
     "chunk_size": read_chunk_size,
     "weight": lambda value: _array(read_weight(value, None)),
     "ignore_index": read_ignore_index,
@@ -304,7 +307,7 @@ class LinearCrossEntropyLoss(_Loss):
     """`jaxent.linear_cross_entropy` as an object: it is given the kernel, and owns none.
 
     Args:
-      class_axis, dtype, precision, chunk_size, weight, ignore_index, reduction,
+      class_axis, dtype, precision, dot_general, chunk_size, weight, ignore_index, reduction,
         label_smoothing, class_mask, z_loss, logit_scale, softcap, axis_name, class_axis_name,
         width_axis_name: as in `jaxent.linear_cross_entropy`.
 
@@ -328,6 +331,7 @@ class LinearCrossEntropyLoss(_Loss):
         class_axis: int = -1,
         dtype: DTypeLike | None = None,
         precision: jax.lax.PrecisionLike = None,
+        dot_general: DotGeneral | None = None,
         chunk_size: int | None = None,
         weight: ArrayOrList | None = None,
         ignore_index: int | None = -100,
@@ -344,6 +348,7 @@ class LinearCrossEntropyLoss(_Loss):
         self.class_axis = class_axis
         self.dtype = dtype
         self.precision = precision
+        self.dot_general = dot_general
         self.chunk_size = chunk_size
         self.weight = weight
         self.ignore_index = ignore_index
@@ -409,4 +414,6 @@ def _differs(value: Any, default: Any) -> bool:
 def _describe(value: Any) -> str:
     if _is_array(value):
         return f"{value.dtype}{list(value.shape)}"
+    if callable(value):
+        return str(getattr(value, "__name__", type(value).__name__))
     return str(value) if isinstance(value, np.dtype) else repr(value)

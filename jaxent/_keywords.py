@@ -5,7 +5,7 @@ from typing import TypedDict
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from ._arguments import ArrayOrList, Reduction
+from ._arguments import ArrayOrList, DotGeneral, Reduction
 from ._axes import AxisName
 
 
@@ -45,5 +45,6 @@ class LinearCrossEntropyKeywords(_OfLogits, total=False):
     class_axis: int
     dtype: DTypeLike | None
     precision: jax.lax.PrecisionLike
+    dot_general: DotGeneral | None
     chunk_size: int | None
     width_axis_name: AxisName

@@ -22,14 +22,17 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    DotGeneral,
     Reduction,
     check_head_targets,
+    check_product,
     check_reduction,
     check_return_stats,
     is_float,
     read_array,
     read_bias,
     read_chunk_size,
+    read_dot_general,
     read_hidden_and_kernel,
     read_precision,
     read_targets,
@@ -53,7 +56,7 @@ from ._head.mesh import Layout, lay_out_like, on_shards, read_layout
 from ._head.sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
 from ._head.streaming import head_sums
 from ._keywords import LinearCrossEntropyKeywords
-from ._numerics import compute_dtype
+from ._numerics import compute_dtype, widened_dtype
 from ._reduction import Rows, TokenStats, loss_terms, reduced_loss, token_stats_of
 from ._rows import RowSums, combine_argmax, combine_shards
 from ._targets import Given, Targets, make_targets, read_given
@@ -102,6 +105,7 @@ def linear_cross_entropy(
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    dot_general: DotGeneral | None = None,
     chunk_size: int | None = None,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -156,9 +160,15 @@ def linear_cross_entropy(
       targets: class indices, integers, (...); or class probabilities, float, (..., C).
       bias: float, (C,).
       class_axis: the kernel's axis of classes.
-      dtype: of the matmuls' operands; by default that of `hidden` and `kernel`, promoted.
-        Gradients come back in the dtypes of the arguments.
+      dtype: of the matmuls' operands; by default that of `hidden` and `kernel`, promoted, float8
+        being copied as bfloat16. Gradients come back in the dtypes of the arguments.
       precision: as in `jax.lax.dot_general`.
+      dot_general: a function that is called as `jax.lax.dot_general` is and computes the products
+        instead, as in `flax.nnx.Linear`: for quantized training. It is given a block of tokens,
+        (N, D), and a chunk of the kernel, (D, C) or (C, D), of the `dtype`, so a scale of a whole
+        operand is one of these. Its own rule of differentiation makes the gradients, which are
+        rounded to the `dtype` for each chunk. It is static, and closes over constants alone; pass
+        the same function each time.
       chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
       weight, ignore_index, reduction, label_smoothing, sample_weight, class_mask, z_loss,
         logit_scale, softcap: as in `jaxent.cross_entropy`, with logits (..., C). The scale is
@@ -209,6 +219,7 @@ def linear_cross_entropy(
         class_axis=class_axis,
         dtype=dtype,
         precision=precision,
+        dot_general=dot_general,
         chunk_size=chunk_size,
         axis_name=axis_name,
         class_axis_name=class_axis_name,
@@ -373,6 +384,7 @@ def read_head(
     class_axis: Any,
     dtype: Any,
     precision: Any,
+    dot_general: Any,
     chunk_size: Any,
     axis_name: AxisName,
     class_axis_name: AxisName,
@@ -400,11 +412,14 @@ def read_head(
     if layout.mesh is None and not in_shard_map(layout.width):
         # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
         layout, gathered = layout._replace(width=()), layout.width
+    precision, dot_general = read_precision(precision, dtype), read_dot_general(dot_general)
+    check_product(dot_general, hidden, kernel, class_axis, (dtype, precision))
     plan = Plan(
         class_axis=class_axis,
         chunk=read_chunk_size(chunk_size),
         dtype=dtype,
-        precision=read_precision(precision, dtype),
+        precision=precision,
+        dot_general=dot_general,
         stats=stats,
         skip=some_uncounted and not tables and chosen("skip", lambda: layout.owns_all_tokens),
         width=layout.width,
@@ -418,6 +433,8 @@ def _make_head(
 ) -> tuple[Head, Targets]:
     """Read off what the arguments of a head say."""
     num_classes = kernel.shape[plan.class_axis]
+    # Beyond the hand-written gradients, so that these are summed in a wider dtype.
+    hidden, kernel = (x.astype(widened_dtype(x)) for x in (hidden, kernel))
     if plan.gathered:
         kernel = jax.lax.all_gather(kernel, plan.gathered, axis=1 - plan.class_axis, tiled=True)
     if layout.mesh is not None:

@@ -12,9 +12,16 @@ from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 
-from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
+from ._arguments import (
+    ArrayOrList,
+    describe,
+    read_class_mask,
+    read_dot_general,
+    read_logit_scale,
+)
 from ._flax import LinearCrossEntropyLoss
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
@@ -32,8 +39,10 @@ class LinearHead(nnx.Linear):
     Args:
       in_features, out_features: width of the hidden states, number of classes.
       criterion: the configuration of the loss, a `jaxent.LinearCrossEntropyLoss`. Its dtype
-        and precision, where given, override those of the layer.
-      rngs, and any other keyword: as in `nnx.Linear`.
+        precision and dot_general, where given, override those of the layer.
+      rngs, and any other keyword: as in `nnx.Linear`. The loss is computed with its dot_general
+        (see `jaxent.linear_cross_entropy`) and its promote_dtype, and summed in float32 whatever
+        the preferred_element_type. A dot_general that has parameters is refused.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,6 +66,7 @@ class LinearHead(nnx.Linear):
         **keywords: Any,
     ) -> None:
         super().__init__(in_features, out_features, rngs=rngs, **keywords)
+        read_dot_general(self.dot_general)
         criterion = LinearCrossEntropyLoss() if criterion is None else criterion
         if not isinstance(criterion, LinearCrossEntropyLoss) or criterion.class_axis not in (-1, 1):
             ours = isinstance(criterion, LinearCrossEntropyLoss)
@@ -109,12 +119,19 @@ class LinearHead(nnx.Linear):
         Any keyword of `jaxent.linear_cross_entropy` given here overrides the criterion's, and is
         differentiated; with `return_stats` the statistics are returned as well.
         """
+        kernel = self.kernel[...]
         given: LinearCrossEntropyKeywords = {
             "bias": None if self.bias is None else self.bias[...],
             "dtype": self.criterion.dtype or self.dtype,
             "precision": self.criterion.precision or self.precision,
+            "dot_general": self.criterion.dot_general or self.dot_general,
         }
         given |= keywords
+        if self.promote_dtype is not promote_dtype:  # which the loss does chunk by chunk
+            hidden, kernel, bias = self.promote_dtype(
+                (hidden, kernel, given["bias"]), dtype=given["dtype"]
+            )
+            given |= {"bias": bias, "dtype": None}
         if return_stats:
-            return self.criterion(hidden, self.kernel[...], targets, return_stats=True, **given)
-        return self.criterion(hidden, self.kernel[...], targets, **given)
+            return self.criterion(hidden, kernel, targets, return_stats=True, **given)
+        return self.criterion(hidden, kernel, targets, **given)

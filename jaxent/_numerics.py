@@ -23,6 +23,11 @@ def compute_dtype(*arrays: Any) -> Any:
     return jnp.dtype("float64" if any(x.dtype == jnp.float64 for x in arrays) else "float32")
 
 
+def widened_dtype(x: Any) -> Any:
+    """Return its dtype, but bfloat16 for float8: it has all values, and promotes to others."""
+    return jnp.dtype("bfloat16") if jnp.finfo(x.dtype).bits == 8 else x.dtype
+
+
 def safe_value(factor: Any, value: Any) -> Array:
     """Return `value`, but 0 where `factor` is 0 and `value` infinite.
 

@@ -13,7 +13,7 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
+from ._arguments import ArrayOrList, DotGeneral, read_class_axis, read_index_targets, read_logits
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
 from ._linear import HeadOptions, read_head, rows_of_head, stats_of_head
@@ -105,6 +105,7 @@ def linear_token_stats(
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    dot_general: DotGeneral | None = None,
     chunk_size: int | None = None,
     ignore_index: int | None = -100,
     class_mask: ArrayOrList | None = None,
@@ -119,7 +120,7 @@ def linear_token_stats(
     One pass over the classes; memory is that of `jaxent.linear_cross_entropy`.
 
     Args:
-      hidden, kernel, bias, class_axis, dtype, precision, chunk_size, ignore_index,
+      hidden, kernel, bias, class_axis, dtype, precision, dot_general, chunk_size, ignore_index,
         class_mask, logit_scale, softcap, axis_name, class_axis_name, width_axis_name: as in
         `jaxent.linear_cross_entropy`.
       targets: class indices, integers, (...).
@@ -146,6 +147,7 @@ def linear_token_stats(
         class_axis=class_axis,
         dtype=dtype,
         precision=precision,
+        dot_general=dot_general,
         chunk_size=chunk_size,
         logit_scale=logit_scale,
         softcap=softcap,

@@ -19,8 +19,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    DotGeneral,
     Reduction,
     check_head_targets,
+    check_product,
     check_reduction,
     check_return_stats,
     is_float,
@@ -30,6 +32,7 @@ from ._arguments import (
     read_chunk_size,
     read_class_axis,
     read_class_mask,
+    read_dot_general,
     read_hidden_and_kernel,
     read_index_targets,
     read_label_smoothing,
@@ -148,6 +151,7 @@ def linear_cross_entropy(
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    dot_general: DotGeneral | None = None,
     chunk_size: int | None = None,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -166,8 +170,8 @@ def linear_cross_entropy(
     """Return the cross-entropy of hidden @ kernel + bias; chunks are no part of a formula."""
     names = axis_name, class_axis_name, width_axis_name
     x, e = _read_head(
-        hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index,
-        weight, sample_weight, class_mask, *names,
+        hidden, kernel, targets, bias, class_axis, dtype, precision, dot_general, chunk_size,
+        ignore_index, weight, sample_weight, class_mask, *names,
     )  # fmt: skip
     loss = _cross_entropy(x, e, reduction, label_smoothing, z_loss, logit_scale, softcap)
     check_return_stats(return_stats)
@@ -204,6 +208,7 @@ def linear_token_stats(
     class_axis: int = -1,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    dot_general: DotGeneral | None = None,
     chunk_size: int | None = None,
     ignore_index: int | None = -100,
     class_mask: ArrayOrList | None = None,
@@ -217,8 +222,8 @@ def linear_token_stats(
     read_index_targets(targets, ignore_index, WANTED)
     names = axis_name, class_axis_name, width_axis_name
     x, e = _read_head(
-        hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index,
-        None, None, class_mask, *names,
+        hidden, kernel, targets, bias, class_axis, dtype, precision, dot_general, chunk_size,
+        ignore_index, None, None, class_mask, *names,
     )  # fmt: skip
     return _token_stats(x, e, logit_scale, softcap)
 
@@ -454,8 +459,8 @@ def _read(
 
 def _read_head(
     hidden: Any, kernel: Any, targets: Any, bias: Any, class_axis: Any, dtype: Any, precision: Any,
-    chunk_size: Any, ignore_index: Any, weight: Any, sample_weight: Any, class_mask: Any,
-    axis_name: Any, class_axis_name: Any, width_axis_name: Any,
+    dot_general: Any, chunk_size: Any, ignore_index: Any, weight: Any, sample_weight: Any,
+    class_mask: Any, axis_name: Any, class_axis_name: Any, width_axis_name: Any,
 ) -> Any:  # fmt: skip
     """Return hidden @ kernel + bias, in float32 or float64, and the examples."""
     hidden, kernel = (
@@ -475,15 +480,18 @@ def _read_head(
     check_head_targets(targets, hidden, num_classes)
     read_chunk_size(chunk_size)
     bias, precision = read_bias(bias, num_classes), read_precision(precision, dtype)
+    dot_general = read_dot_general(dot_general)
+    check_product(dot_general, hidden, kernel, 1, (dtype, precision))
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), _wide(dtype))
     e = _examples(logits, axis, targets, ignored, weight, sample_weight, class_mask, "logits")
     lost = (e.sample_weight == 0) & ~jnp.all(jnp.isfinite(hidden), -1)
-    x = jnp.matmul(
+    x = (dot_general or jax.lax.dot_general)(
         jnp.where(lost[..., None], 0, hidden).astype(dtype),
         kernel.astype(dtype),
+        (((axis,), (0,)), ((), ())),
         precision=precision,
         preferred_element_type=logits.dtype,
-    )
+    ).astype(logits.dtype)
     return x if bias is None else x + _broadcast(bias, x.shape, x.dtype), e
 
 

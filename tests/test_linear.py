@@ -532,15 +532,3 @@ def test_predictions_under_vmap_leave_gradients_alone(mapped):
 def test_a_head_without_width_is_refused(module):
     with pytest.raises(ValueError, match="the hidden states have no features, D is 0"):
         module.linear_cross_entropy(jnp.zeros((3, 0)), jnp.zeros((0, 5)), jnp.zeros(3, int))
-
-
-@pytest.mark.parametrize("module", [jaxent, reference])
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
-def test_float8_operands_are_refused_by_name(module, dtype):
-    hidden, kernel, targets = problem(3, 4, 5)
-    for operands in ((hidden.astype(dtype), kernel), (hidden, kernel.astype(dtype))):
-        for function in (module.linear_cross_entropy, module.linear_token_stats):
-            with pytest.raises(TypeError, match=r"pass (hidden|kernel)\.astype"):
-                function(*operands, targets)
-    with pytest.raises(TypeError, match="dtype must be a float type of 16 bits or more"):
-        module.linear_cross_entropy(hidden, kernel, targets, dtype=dtype)

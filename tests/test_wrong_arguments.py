@@ -86,6 +86,7 @@ CALLS = {
     ),
     "total_weight": (jaxent.total_weight, {"targets": TARGETS, "weight": jnp.ones(C)}),
     "check_targets": (jaxent.check_targets, {"targets": TARGETS, "num_classes": C}),
+    "next_token_targets": (jaxent.next_token_targets, {"tokens": TARGETS}),
     "NLLLoss": (jaxent.NLLLoss, {}),
     "CrossEntropyLoss": (jaxent.CrossEntropyLoss, {}),
     "LinearCrossEntropyLoss": (jaxent.LinearCrossEntropyLoss, {}),

@@ -19,6 +19,8 @@ from .tokens import Blocks
 Result = TypeVar("Result")
 # Writes a slice of a gradient: (total, part, start, axis).
 Add = Callable[[Array, Array, Array, int], Array]
+# Takes the gradient of a chunk's logits to those of hidden and kernel.
+Pull = Callable[[Array], tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Plan:
     chunk: Any  # classes; None until a device knows how many it has
     dtype: Any  # of the matmuls' operands
     precision: Any = None
+    dot_general: Any = None  # in place of `jax.lax.dot_general`
     stats: bool = False  # whether to return the moment and the most probable class
     made_forward: bool = False  # whether gradients are, of a scalar
     block: int = 0  # tokens that are gone over together; 0 for all
@@ -132,7 +135,7 @@ def on_platform(function: Callable[..., Result], plan: Plan, *arguments: Any) ->
 
     On a CPU, half precision that XLA turns into float32 anyway is computed in float32.
     """
-    if not is_widened_on_cpu(plan.dtype):
+    if plan.dot_general is not None or not is_widened_on_cpu(plan.dtype):
         return function(plan, *arguments)
     return with_cpu_plan(function, plan, dataclasses.replace(plan, cpu=True), *arguments)
 
@@ -198,23 +201,49 @@ def _slice_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
 
 
 def chunk_logits(plan: Plan, head: Head) -> Array:
-    wide = compute_dtype(plan)
+    return _add_bias(head, _product(plan, *_operands(plan, head)))
+
+
+def chunk_logits_and_pull(plan: Plan, head: Head) -> tuple[Array, Pull]:
+    """Return a chunk's logits, and the function of their gradient that returns the head's.
+
+    Those of a given `dot_general` are its own; ours are summed in float32, which the transpose
+    of a product of half precision is not.
+    """
+    if plan.dot_general is None:
+        return chunk_logits(plan, head), functools.partial(_matmul_gradients, plan, head)
+    logits, pull = jax.vjp(functools.partial(_product, plan), *_operands(plan, head))
+
+    def pull_wide(d_logits: Array) -> tuple[Array, Array]:
+        d_hidden, d_kernel = (x.astype(compute_dtype(plan)) for x in pull(d_logits))
+        return d_hidden, d_kernel
+
+    return _add_bias(head, logits), pull_wide
+
+
+def _operands(plan: Plan, head: Head) -> list[Array]:
     operands = [x.astype(plan.dtype) for x in (head.hidden, head.kernel)]
-    if plan.cpu:
-        operands = [x.astype(wide) for x in operands]
-    hidden, kernel = operands
-    logits = _matmul(plan, hidden, kernel, 1, 1 - plan.class_axis)
-    return logits if head.bias is None else logits + head.bias.astype(wide)
+    return [x.astype(compute_dtype(plan)) for x in operands] if plan.cpu else operands
+
+
+def _add_bias(head: Head, logits: Array) -> Array:
+    return logits if head.bias is None else logits + head.bias.astype(logits.dtype)
+
+
+def _product(plan: Plan, hidden: Array, kernel: Array) -> Array:
+    return _matmul(plan, hidden, kernel, 1, 1 - plan.class_axis)
 
 
 def _matmul(plan: Plan, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    return jax.lax.dot_general(
+    wide = compute_dtype(plan)
+    product: Array = (plan.dot_general or jax.lax.dot_general)(
         a,
         b,
-        (([a_axis], [b_axis]), ([], [])),
+        (((a_axis,), (b_axis,)), ((), ())),
         precision=plan.precision,
-        preferred_element_type=compute_dtype(plan),
+        preferred_element_type=wide,
     )
+    return product.astype(wide)
 
 
 def _matmul_gradients(plan: Plan, head: Head, d_logits: Array) -> tuple[Array, Array]:
@@ -288,12 +317,15 @@ def accumulate(
 
 
 def chunk_gradients(
-    plan: Plan, around: Around, chunk: Chunk, fixed: Fixed, logits: Array | None = None
+    plan: Plan,
+    around: Around,
+    chunk: Chunk,
+    fixed: Fixed,
+    logits_and_pull: tuple[Array, Pull] | None = None,
 ) -> Head:
     """Return what a chunk adds to the gradients."""
     head = chunk.head
-    if logits is None:
-        logits = chunk_logits(plan, head)
+    logits, pull_logits = logits_and_pull or chunk_logits_and_pull(plan, head)
     q, pull = None, None
     if head.mass is not None:
 
@@ -312,7 +344,7 @@ def chunk_gradients(
         q,
         around.cotangents,
     )
-    d_hidden, d_kernel = _matmul_gradients(plan, head, d_logits)
+    d_hidden, d_kernel = pull_logits(d_logits)
     d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
     d_mass = None if pull is None else pull(d_q)[0]
     return Head(d_hidden, d_kernel, d_bias, d_mass, d_transform.scale)

@@ -26,7 +26,7 @@ from .chunks import (
     blank_hidden,
     blocks_of,
     chunk_gradients,
-    chunk_logits,
+    chunk_logits_and_pull,
     on_platform,
     read_chunk,
     whole,
@@ -141,15 +141,18 @@ def _total_and_gradients_jvp(
 
     def wide(floats: Floats) -> tuple[Array, Any, Floats]:
         (total_, of_tokens), gradients = jax.value_and_grad(total, has_aux=True)(floats)
-        return total_, of_tokens, _widen(plan, gradients)
+        return total_, of_tokens, _widen(plan, gradients, floats)
 
     # All of it in chunks of classes: no block's logits are held where second order is asked for.
     return jax.jvp(wide, (floats,), tangents[:1])
 
 
-def _widen(plan: Plan, gradients: Tree) -> Tree:
-    """Return the gradients in float32, whatever a half-precision loss scale multiplies them by."""
-    wide: Tree = jax.tree.map(lambda x: x.astype(compute_dtype(plan, x)), gradients)
+def _widen(plan: Plan, gradients: Tree, floats: Tree) -> Tree:
+    """Return the gradients in float32, whatever a half-precision loss scale multiplies them by.
+
+    In float64 where their array is, even if the products are not.
+    """
+    wide: Tree = jax.tree.map(lambda g, x: g.astype(compute_dtype(plan, x)), gradients, floats)
     return wide
 
 
@@ -163,7 +166,7 @@ def _blocks_pass(
     chunk = read_chunk(plan, head, fixed, jnp.zeros((), jnp.int32))
 
     def turn(_: Any, chunk: Chunk, rows: Any, fixed: Fixed) -> tuple[Any, Any]:
-        logits = chunk_logits(plan, chunk.head)
+        logits, pull_logits = chunk_logits_and_pull(plan, chunk.head)
         none = no_classes(plan, chunk.head, fixed)
         shift, sums, best = found = add_chunk(plan, none, chunk, fixed, logits)
         fixed = fixed._replace(best=best)
@@ -173,8 +176,10 @@ def _blocks_pass(
 
         value, pull = jax.vjp(block_total, rows, sums)
         d_rows, cotangents = pull(jnp.ones_like(value))
-        d_head = chunk_gradients(plan, Around(shift, cotangents), chunk, fixed, logits)
-        of_tokens, of_all = _split(_widen(plan, (d_head, d_rows)))
+        d_head = chunk_gradients(
+            plan, Around(shift, cotangents), chunk, fixed, (logits, pull_logits)
+        )
+        of_tokens, of_all = _split(_widen(plan, (d_head, d_rows), (chunk.head, rows)))
         return (of_tokens, found if plan.stats else None), (value, of_all)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, compute_dtype(plan, x)), (head, rows))

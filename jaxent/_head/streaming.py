@@ -32,6 +32,7 @@ from .chunks import (
     blocks_of,
     chunk_gradients,
     chunk_logits,
+    chunk_logits_and_pull,
     chunk_mass,
     chunk_numbers,
     keeps_best_apart,
@@ -240,7 +241,8 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed, Array], tangents: Any) -> 
     def local(head: Head, i: Array) -> RowSums:
         """Return the sums over a chunk, with the derivatives of its share in those over all."""
         chunk = read_chunk(plan, head, fixed, i)
-        logits = chunk_logits(plan, chunk.head)
+        # A rule for reverse mode alone, of a given `dot_general`, has derivatives in that form.
+        logits, _ = chunk_logits_and_pull(plan, chunk.head)
         apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
         transform = transform_of(head, fixed)
         return _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))

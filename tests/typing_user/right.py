@@ -3,12 +3,18 @@
 Its arrays are arguments, since functions of JAX that make some are not fully typed.
 """
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import Array
 
 import jaxent
 from jaxent.porting import from_torch, legacy_reduction
+
+
+def product(lhs: Array, rhs: Array, dimensions: Any, **keywords: Any) -> Array:
+    return lhs @ rhs
 
 
 def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
@@ -19,6 +25,8 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         jaxent.cross_entropy(logits, [1, 2, 3, 4], reduction="none", weight=[1.0] * 10),
         jaxent.nll(log_probs, labels, reduction="sum", ignore_index=None),
         jaxent.linear_cross_entropy(logits, kernel, labels, precision="highest"),
+        jaxent.next_token_targets(labels, segment_ids=[1, 1, 2, 2], ignore_index=0),
+        jaxent.linear_cross_entropy(logits, kernel, labels, dot_general=product),
         jaxent.total_weight(labels, sample_weight=labels != 0),
         jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
         # Until it is rewritten:
