@@ -130,6 +130,26 @@ def test_second_order_of_loss_and_statistics_equals_the_reference(made_forward, 
     jax.tree.map(lambda a, b: assert_close(a, b, 4 * ULPS), actual, expected)
 
 
+@pytest.mark.parametrize("made_forward", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
+def test_of_no_counted_token_is_0_whatever_the_class_weights(made_forward, num_tokens):
+    hidden, kernel, _ = head(tokens=num_tokens)
+    arguments = hidden, kernel, np.full(num_tokens, -100)
+
+    @jax.jit
+    def gradients(weight):
+        def loss(weight):
+            return jaxent.linear_cross_entropy(*arguments, weight=weight, return_stats=True)
+
+        return jax.value_and_grad(loss, has_aux=True)(weight)
+
+    with form(made_forward):
+        (loss, stats), gradient = gradients(np.linspace(0, 1e3, 40, dtype="float32"))
+    np.testing.assert_array_equal(loss, 0)
+    np.testing.assert_array_equal(gradient, 0)
+    np.testing.assert_array_equal(stats.log_prob, 0)
+
+
 def products(function, *arguments):
     """How many matrix products a compiled program has."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
