@@ -8,7 +8,8 @@ loss = jaxent.CrossEntropyLoss(weight=class_weights, label_smoothing=0.1)(logits
 `cross_entropy`, `nll`, `log_softmax` and `total_weight` are the functions, and
 `linear_cross_entropy` the classifier head and the loss in one, without the logits;
 `token_stats` and `linear_token_stats` are what logits say of each token; `check_targets` names a
-target that is out of range. `CrossEntropyLoss`,
+target that is out of range, and `SparseTargets` are probabilities of few classes.
+`CrossEntropyLoss`,
 `NLLLoss` and `LinearCrossEntropyLoss` are the objects, `LinearHead` is an `nnx.Linear` with its
 loss. `reference` has the formulas that they equal, `porting` the way from PyTorch.
 """
@@ -20,6 +21,7 @@ from . import reference
 from ._check import check_targets
 from ._linear import linear_cross_entropy
 from ._losses import cross_entropy, log_softmax, nll, total_weight
+from ._sparse import SparseTargets
 from ._stats import TokenStats, linear_token_stats, token_stats
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearHead",
     "NLLLoss",
+    "SparseTargets",
     "TokenStats",
     "check_targets",
     "cross_entropy",

@@ -33,6 +33,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import (
     ArrayOrList,
     Reduction,
+    TargetsLike,
     check_axis,
     check_reduction,
     read_bool_mask,
@@ -205,7 +206,7 @@ class NLLLoss(_Loss):
         self.class_axis_name = class_axis_name
 
     def __call__(
-        self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[NLLKeywords]
+        self, log_probs: ArrayOrList, targets: TargetsLike, **keywords: Unpack[NLLKeywords]
     ) -> Array:
         """Return the loss.
 
@@ -264,7 +265,7 @@ class CrossEntropyLoss(_Loss):
         self.class_axis_name = class_axis_name
 
     def __call__(
-        self, logits: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[CrossEntropyKeywords]
+        self, logits: ArrayOrList, targets: TargetsLike, **keywords: Unpack[CrossEntropyKeywords]
     ) -> Array:
         """Return the loss.
 
@@ -335,7 +336,7 @@ class LinearCrossEntropyLoss(_Loss):
         self,
         hidden: ArrayOrList,
         kernel: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array:
         """Return the loss.

@@ -22,9 +22,10 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import (
     ArrayOrList,
     Reduction,
+    TargetsLike,
     check_head_targets,
     check_reduction,
-    is_float,
+    is_of_all_classes,
     read_array,
     read_bias,
     read_chunk_size,
@@ -75,7 +76,7 @@ class HeadOptions:
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -246,7 +247,11 @@ def rows_of_head(
         target, here = fixed.target, None
         if target is not None:
             here = local_index(target, num_classes, names)
-        shift, sums, best = head_sums(fitted, head, fixed._replace(target=here), sample_weight)
+        places = fixed.places
+        if places is not None:
+            places = local_index(places, num_classes, names)
+        fixed = fixed._replace(target=here, places=places)
+        shift, sums, best = head_sums(fitted, head, fixed, sample_weight)
         index: tuple[Array | None, Array | None] = target, None
         own: tuple[Array | None, Array | None] = here, None
         if best is not None:
@@ -255,14 +260,15 @@ def rows_of_head(
         top, sums = combine_shards(shift, sums, index, own, fixed.uncounted, names)
         return cast(
             tuple[Array, RowSums, Array | None],
-            jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), (top, sums, best)),
+            jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], x.shape[-1]), (top, sums, best)),
         )
 
     return rows, *on_shards(local, layout, plan.class_axis, head.hidden, head.kernel, rest)
 
 
 def _fixed(rows: Targets, softcap: Any) -> Fixed:
-    return Fixed(rows.class_mask, rows.index, rows.uncounted, softcap)
+    places = None if rows.places is None else rows.places.index
+    return Fixed(rows.class_mask, rows.index, rows.uncounted, softcap, places)
 
 
 def _total(
@@ -272,8 +278,7 @@ def _total(
     if reduction == "mean":
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
         divisors = [jnp.where(total == 0, 1, total) for total in totals]
-    floats = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
-    rest = head[2:], Weights(floats, given.z_loss, divisors), _fixed(rows, given.softcap)
+    rest = head[2:], Weights(rows.weights(), given.z_loss, divisors), _fixed(rows, given.softcap)
 
     def local(hidden: Array, kernel: Array, rest: Any) -> Array:
         others, floats, fixed = jax.tree.map(_flatten_tokens, rest)
@@ -344,13 +349,15 @@ def read_head(
         hidden, kernel, class_axis, dtype, num_shards(width)
     )
     num_classes = kernel.shape[class_axis]
-    targets, ignored = read_targets(targets, ignore_index)
+    targets, ignored = read_targets(targets, ignore_index, as_statistics=stats)
     check_head_targets(targets, hidden, num_classes)
     shape = (*hidden.shape[:-1], num_classes)
     given = read_given("logits", shape, len(shape) - 1, targets, ignored, **keywords)
     bias = read_bias(bias, num_classes)
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
-    tables = is_float(targets) or (given.class_mask is not None and given.class_mask.ndim > 1)
+    tables = is_of_all_classes(targets) or (
+        given.class_mask is not None and given.class_mask.ndim > 1
+    )
     some_uncounted = given.ignore_index is not None or given.sample_weight is not None
     gathered: Names = ()
     if layout.mesh is None and not in_shard_map(layout.width):
@@ -386,8 +393,11 @@ def _make_head(
     shape = (*hidden.shape[:-1], num_classes)
     classes = layout.classes if layout.mesh is None else ()
     rows = make_targets(len(shape) - 1, shape, wide, given, classes)
+    if layout.mesh is not None and layout.classes:
+        rows = rows.unlike_classes(num_classes)
     finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
     hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
     if bias is not None:
         bias = along(-1, hidden.ndim, bias.astype(wide))
-    return Head(hidden, kernel, bias, rows.mass, given.transform(wide).scale), rows
+    places = None if rows.places is None else rows.places.mass
+    return Head(hidden, kernel, bias, rows.mass, given.transform(wide).scale, places), rows

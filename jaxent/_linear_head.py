@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from ._arguments import ArrayOrList, describe, read_class_mask, read_logit_scale
+from ._arguments import TargetsLike, describe, read_class_mask, read_logit_scale
 from ._flax import LinearCrossEntropyLoss
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
@@ -80,7 +80,7 @@ class LinearHead(nnx.Linear):
     def loss(
         self,
         hidden: Array,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array:
         """Return the loss of hidden states, (..., D), whose logits are not held.

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from ._arguments import (
     ArrayOrList,
     Reduction,
+    TargetsLike,
     check_reduction,
     read_axis,
     read_class_axis,
@@ -120,7 +121,7 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     finite = None if class_mask is None else read_existing(class_mask, axis, classes)[0]
     shift, top, own = row_max(axis, Transform(), x, finite, with_class=True)
     best, here = combine_argmax(top, own, x.shape[axis], classes)
-    sums = row_sums(axis, Transform(), x, shift, finite, (own, None), None)
+    sums = row_sums(axis, Transform(), x, shift, finite, (own, None), None, None)
     shift, sums = combine_shards(shift, sums, (best, None), (here, None), False, classes)
     shift, normalizer, best_loss = once_per_row(
         (shift, log_total(sums.left, sums.others), surprise(sums.left, sums.others))
@@ -135,7 +136,7 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
 @public
 def nll(
     log_probs: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -193,7 +194,7 @@ def _nll(options: Options, log_probs: Array, given: Given) -> Array:
     axis, classes = options.axis, options.classes
     rows = make_targets(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
     index, here = (rows.index, None), (rows.local_index, None)
-    sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass)
+    sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass, rows.local_places)
     _, sums = combine_shards(None, sums, index, here, rows.uncounted, classes)
     return reduced_loss(rows, None, None, sums, options.reduction, options.examples)
 
@@ -201,7 +202,7 @@ def _nll(options: Options, log_probs: Array, given: Given) -> Array:
 @public
 def cross_entropy(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -331,7 +332,15 @@ def rows_of_logits(
         whole, here = combine_argmax(top, best, logits.shape[axis], classes)
     target, target_here = (rows.index, rows.local_index) if stats else (None, None)
     sums = row_sums(
-        axis, transform, logits, shift, class_mask, (own, target_here), rows.mass, moment=stats
+        axis,
+        transform,
+        logits,
+        shift,
+        class_mask,
+        (own, target_here),
+        rows.mass,
+        rows.local_places,
+        moment=stats,
     )
     shift, sums = combine_shards(
         shift, sums, (whole, target), (here, target_here), rows.uncounted, classes
@@ -354,8 +363,7 @@ def reduced_loss(
             squeezed[id(x)] = jax.lax.squeeze(x, (rows.axis,)) if x.ndim else x
         return squeezed[id(x)]
 
-    rows = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
-    values = rows, None if z_loss is None else shift, sums
+    values = rows.weights(), None if z_loss is None else shift, sums
     rows, shift, sums = jax.tree.map(squeeze, values)
     return reduce(loss_terms(rows, z_loss, shift, sums), reduction, examples)
 
@@ -369,7 +377,7 @@ def loss_terms(
     finite = is_finite(sums) if z_loss is None else is_finite(sums) & jnp.isfinite(shift * shift)
     hidden = rows.uncounted & ~jax.lax.stop_gradient(finite)
     sums = sums.blank(hidden)
-    loss = _loss_of_log_probs(rows, sums) if sums.others is None else _loss(rows, sums)
+    loss = _loss_of_log_probs(rows, sums) if sums.others is None else row_loss(rows, sums)
     terms = [(rows.example_weight * loss, rows.denominator)]
     if z_loss is not None:
         z_loss = z_loss.astype(shift.dtype)
@@ -380,7 +388,8 @@ def loss_terms(
     return terms
 
 
-def _loss(rows: Targets, sums: RowSums) -> Array:
+def row_loss(rows: Targets, sums: RowSums) -> Array:
+    """Return the loss of each row of logits."""
     loss = surprise(sums.left, sums.others)
     if sums.left_mass is not None:
         mass_logit: Array = sums.mass_logit - safe_multiply(sums.mass, sums.left)

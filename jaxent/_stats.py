@@ -14,13 +14,22 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ._arguments import ArrayOrList, read_class_axis, read_index_targets, read_logits
+from ._arguments import (
+    ArrayOrList,
+    TargetsLike,
+    read_class_axis,
+    read_index_targets,
+    read_logits,
+    read_targets,
+)
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
 from ._linear import HeadOptions, read_head, rows_of_head
-from ._losses import Options, rows_of_logits
-from ._rows import RowSums, entropy, log_total, surprise
+from ._losses import Options, row_loss, rows_of_logits
+from ._rows import Places, RowSums, entropy, log_total, surprise
+from ._sparse import SparseTargets
 from ._targets import Given, Targets, read_given
+from ._xla import take_class
 
 WANTED = "the statistics are of one class a token, given as an index"
 
@@ -35,10 +44,16 @@ class TokenStats(NamedTuple):
     correct: Array
 
 
+def read_stat_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
+    if isinstance(targets, SparseTargets):
+        return read_targets(targets, ignore_index, as_statistics=True)
+    return read_index_targets(targets, ignore_index, WANTED)
+
+
 @public
 def token_stats(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     ignore_index: int | None = -100,
     axis: int | None = None,
@@ -84,7 +99,7 @@ def token_stats(
       (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
     """
     x = read_logits(logits, "logits", targets)
-    y, ignored = read_index_targets(targets, ignore_index, WANTED)
+    y, ignored = read_stat_targets(targets, ignore_index)
     axis = read_class_axis(axis, x, y, "logits")
     given = read_given(
         "logits",
@@ -110,7 +125,7 @@ def _token_stats(options: Options, logits: Array, given: Given) -> TokenStats:
 def linear_token_stats(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -148,7 +163,7 @@ def linear_token_stats(
       >>> stats.log_prob.round(4), stats.prediction
       (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
     """
-    read_index_targets(targets, ignore_index, WANTED)
+    read_stat_targets(targets, ignore_index)
     plan, layout, h, k, b, given = read_head(
         hidden,
         kernel,
@@ -178,19 +193,37 @@ def _linear_token_stats(
 
 
 def _stats(rows: Targets, shift: Array, sums: RowSums, prediction: Array) -> TokenStats:
-    counted = rows.sample_weight != 0
+    axis, counted = rows.axis, rows.sample_weight != 0
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
     shift, sums = jnp.where(counted, shift, 0), sums.blank(~counted)
     log_sum = log_total(sums.left, sums.others)
-    is_prediction = prediction == rows.index
-    log_prob = jnp.where(is_prediction, -surprise(sums.left, sums.others), sums.target - log_sum)
-    prediction = jnp.where(counted, prediction.astype(jnp.int32), -1)
+    if rows.places is None:
+        is_prediction = prediction == rows.index
+        log_prob = jnp.where(
+            is_prediction, -surprise(sums.left, sums.others), sums.target - log_sum
+        )
+    else:
+        is_prediction = prediction == _most_probable(rows.places, axis)
+        log_prob = -row_loss(rows, sums)
+    if rows.slot is not None:
+        log_prob = take_class((log_prob,), rows.slot, axis)
+    log_prob = rows.example_weight * log_prob
     stats = TokenStats(
-        log_prob=rows.example_weight * log_prob,
-        log_normalizer=shift + log_sum,
-        entropy=entropy(sums),
-        prediction=prediction,
-        correct=counted & is_prediction,
+        log_prob=jnp.squeeze(log_prob, axis)
+        if rows.slot is None
+        else jnp.moveaxis(log_prob, axis, -1),
+        log_normalizer=jnp.squeeze(shift + log_sum, axis),
+        entropy=jnp.squeeze(entropy(sums), axis),
+        prediction=jnp.squeeze(jnp.where(counted, prediction.astype(jnp.int32), -1), axis),
+        correct=jnp.squeeze(counted, axis) & jnp.any(is_prediction, axis),
     )
-    squeezed: TokenStats = jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
-    return squeezed
+    return stats
+
+
+def _most_probable(places: Places, axis: int) -> Array:
+    """Return the class of the largest mass, the first of equals, -1 where there is no class."""
+    mass = jnp.where(places.index < 0, -jnp.inf, jax.lax.stop_gradient(places.mass))
+    top = jnp.max(mass, axis, keepdims=True, initial=-jnp.inf)
+    largest = (mass == top) & (places.index >= 0)
+    first = jnp.where(largest, places.index, jnp.iinfo(jnp.int32).max)
+    return jnp.min(first, axis, keepdims=True, initial=jnp.iinfo(jnp.int32).max)

@@ -1,4 +1,4 @@
-"""What the targets are, whole: indices or probabilities, of which class axis, counted or not.
+"""What the targets are, whole: indices, probabilities of all classes or of few, counted or not.
 
 What comes out is `Targets`: everything that the primitive and the reduction need, with
 nothing left to decide.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ._arguments import (
-    is_float,
+    is_of_all_classes,
     read_class_mask,
     read_label_smoothing,
     read_logit_scale,
@@ -25,8 +25,9 @@ from ._arguments import (
 from ._axes import Names, local_index, num_shards, psum
 from ._classes import along
 from ._numerics import blank_uncounted, nan_where
-from ._rows import Transform
-from ._xla import take_class, zeros_like
+from ._rows import Places, Transform
+from ._sparse import SparseTargets
+from ._xla import add_at_class, class_numbers, take_class, zeros_like
 
 
 class Given(NamedTuple):
@@ -86,8 +87,8 @@ def read_given(
 class TargetMass:
     """A target mass over classes, q = w * ((1 - eps) * probabilities + eps / C), as its arrays.
 
-    C counts the classes that exist, whose share is 1 / C. Beside an index, it is the part that
-    smoothing spreads, and there are no probabilities. None leaves a part out.
+    C counts the classes that exist, whose share is 1 / C. Beside an index, or probabilities of few
+    classes, it is the part that smoothing spreads, and has no probabilities. None leaves a part out.
     """
 
     probabilities: Any  # (..., C, ...)
@@ -150,6 +151,9 @@ class TargetMass:
         "local_index",
         "target_weight",
         "mass",
+        "places",
+        "local_places",
+        "slot",
         "sample_weight",
         "example_weight",
         "denominator",
@@ -160,7 +164,8 @@ class Targets:
     """Targets, read. Arrays of one value an example keep the class axis as 1.
 
     An example's loss is `target_weight` times that of the class at `index`, plus that of the
-    target mass: the probabilities, or for indices the part that smoothing spreads.
+    target mass: the probabilities, or the part that smoothing spreads; and of the mass at `places`.
+    Statistics of several classes have all of them in `index`, as `unique_classes`.
     """
 
     axis: int
@@ -172,10 +177,35 @@ class Targets:
     sample_weight: Array  # 0 for examples that are not counted
     example_weight: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
+    # Of sparse targets, arrays (..., K, ...):
+    places: Places | None = None
+    local_places: Places | None = None  # their classes relative to this shard's
+    slot: Array | None = None  # int32: where in `index` each of the several classes is
 
     @property
     def uncounted(self) -> Array:
         return self.sample_weight == 0
+
+    def weights(self) -> "Targets":
+        """Return what the reduction needs: floats, of one value an example."""
+        left_out = "class_mask", "index", "local_index", "mass", "places", "local_places", "slot"
+        return dataclasses.replace(self, **dict.fromkeys(left_out))
+
+    def unlike_classes(self, num_classes: int) -> "Targets":
+        """Return it with an empty place more where there are as many as classes.
+
+        Their arrays are told apart by their shapes, and split or not.
+        """
+
+        def one_more(x: Any, value: Any) -> Any:
+            several = x is not None and x.shape[self.axis] == num_classes > 1
+            widths = [(0, axis == self.axis % x.ndim) for axis in range(x.ndim)] if several else []
+            return jnp.pad(x, widths, constant_values=value) if several else x
+
+        places = self.places
+        if places is not None:
+            places = Places(one_more(places.index, -1), one_more(places.mass, 0))
+        return dataclasses.replace(self, index=one_more(self.index, -1), places=places)
 
     def by_token(self, function: Any) -> "Targets":
         """Return it with what is of each token, and not of all, put through a function."""
@@ -211,7 +241,7 @@ def make_targets(
         share = 1 / jnp.where(count == 0, all_classes, count).astype(dtype)
 
     targets = given.targets
-    if is_float(targets):
+    if is_of_all_classes(targets):
         rows = (*shape[:axis], 1, *shape[axis + 1 :])
         is_gone = jnp.zeros(rows, bool) if is_gone is None else is_gone
         sample_weight = _weights(sample_weight, is_gone, dtype)
@@ -225,6 +255,18 @@ def make_targets(
             sample_weight=sample_weight,
             example_weight=sample_weight,
             denominator=sample_weight,
+        )
+
+    if isinstance(targets, SparseTargets):
+        return _make_sparse(
+            Targets(axis, class_mask, *[None] * 7),  # type: ignore[arg-type]
+            targets,
+            read_indices(jnp.moveaxis(targets.indices, -1, axis), all_classes, given.ignore_index),
+            num_classes,
+            classes,
+            is_gone,
+            sample_weight,
+            TargetMass(None, None, smoothing, share, weight),
         )
 
     index, ignored = read_indices(jnp.expand_dims(targets, axis), all_classes, given.ignore_index)
@@ -246,10 +288,7 @@ def make_targets(
     mass = None
     if smoothing is not None:
         target_weight = (1 - smoothing) * (1 if target_weight is None else target_weight)
-        if weight is not None:  # nobody asks for the weights where nothing is counted
-            is_asked_for = jnp.any(sample_weight != 0) | jnp.isfinite(weight)
-            weight = jnp.where(is_asked_for, weight, 0)
-        mass = TargetMass(None, None, smoothing, share, weight)
+        mass = _where_counted(TargetMass(None, None, smoothing, share, weight), sample_weight)
     return Targets(
         axis=axis,
         class_mask=class_mask,
@@ -262,6 +301,79 @@ def make_targets(
         example_weight=sample_weight * (1 + nan_where(outside & (sample_weight != 0), dtype)),
         denominator=denominator,
     )
+
+
+def _make_sparse(
+    read: Targets,
+    targets: SparseTargets,
+    index_and_empty: tuple[Array, Array],
+    num_classes: int,
+    classes: Names,
+    is_gone: Any,
+    sample_weight: Any,
+    uniform: TargetMass,
+) -> Targets:
+    """Return `read` with what sparse targets say. Each array but theirs is as in `make_targets`."""
+    axis, (index, empty) = read.axis, index_and_empty
+    dtype, weight, smoothing = uniform.share.dtype, uniform.weight, uniform.smoothing
+    outside = (index < 0) & ~empty
+    is_outside = jnp.any(outside, axis, keepdims=True)
+    all_empty = jnp.all(empty, axis, keepdims=True)
+    is_gone = all_empty if is_gone is None else all_empty | is_gone
+    if sample_weight is not None:
+        is_gone |= is_outside & (sample_weight == 0)
+    sample_weight = _weights(sample_weight, is_gone, dtype)
+    read = dataclasses.replace(read, sample_weight=sample_weight, denominator=sample_weight)
+    index, slot = unique_classes(jnp.where(empty, -1, index), axis)
+    local = local_index(index, num_classes, classes)
+    if targets.probabilities is None:  # each class has a log-probability: 0, NaN or its own
+        example_weight = jnp.where(empty, 0, sample_weight)
+        example_weight *= 1 + nan_where(outside & ~is_gone, dtype)
+        index_and_slot = {"index": index, "local_index": local, "slot": slot}
+        return dataclasses.replace(read, **index_and_slot, example_weight=example_weight)
+
+    given = jnp.moveaxis(targets.probabilities, -1, axis).astype(dtype)
+    given = jnp.where(empty | outside, 0, blank_uncounted(sample_weight, given))
+    mass = add_at_class(zeros_like(given), slot, given, axis)
+    nan = nan_where(is_outside & ~is_gone, dtype)
+    if weight is not None:
+        chosen = jnp.where(index < 0, 0, take_target_weight(weight, local, axis, classes))
+        mass *= blank_uncounted(mass * sample_weight, chosen)
+        # Out of range: the NaN reaches all classes' weights.
+        nan *= jnp.where(is_outside, psum(jnp.sum(weight), classes), 1)
+    if smoothing is not None:
+        mass *= 1 - smoothing
+    return dataclasses.replace(
+        read,
+        mass=None if smoothing is None else _where_counted(uniform, sample_weight),
+        places=Places(index, mass),
+        local_places=Places(local, mass),
+        example_weight=sample_weight * (1 + nan),
+    )
+
+
+def _where_counted(uniform: TargetMass, sample_weight: Array) -> TargetMass:
+    """Return what smoothing spreads: nobody asks for class weights where nothing is counted."""
+    if uniform.weight is None:
+        return uniform
+    is_asked_for = jnp.any(sample_weight != 0) | jnp.isfinite(uniform.weight)
+    return dataclasses.replace(uniform, weight=jnp.where(is_asked_for, uniform.weight, 0))
+
+
+def unique_classes(index: Array, axis: int) -> tuple[Array, Array]:
+    """Return each class once, in their order, and the slot in that order of each index.
+
+    An index -1 is none; what is there more than once is replaced by -1, but for the first.
+    """
+    place = zeros_like(index, jnp.int32) + class_numbers(index, axis)
+    ordered, order = jax.lax.sort((index, place), axis, num_keys=1)
+    size = index.shape[axis]
+    first = jax.lax.slice_in_dim(ordered, 0, min(1, size), axis=axis)
+    before = jax.lax.slice_in_dim(ordered, 0, max(0, size - 1), axis=axis)
+    is_new = ordered != jax.lax.concatenate([zeros_like(first) - 1, before], axis)
+    slot = jax.lax.cummax(jnp.where(is_new, place, 0), axis)
+    _, slot = jax.lax.sort((order, slot), axis, num_keys=1)
+    return jnp.where(is_new, ordered, -1), slot
 
 
 def _weights(sample_weight: Array | None, is_gone: Array, dtype: Any) -> Array:

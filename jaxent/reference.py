@@ -20,9 +20,10 @@ from jax.typing import ArrayLike, DTypeLike
 from ._arguments import (
     ArrayOrList,
     Reduction,
+    TargetsLike,
     check_head_targets,
     check_reduction,
-    is_float,
+    is_of_all_classes,
     read_array,
     read_axis,
     read_bias,
@@ -43,7 +44,8 @@ from ._arguments import (
 )
 from ._axes import AxisName, read_axis_names
 from ._calls import public
-from ._stats import WANTED, TokenStats
+from ._sparse import SparseTargets
+from ._stats import TokenStats, read_stat_targets
 
 
 class _Examples(NamedTuple):
@@ -55,6 +57,9 @@ class _Examples(NamedTuple):
     sample_weight: Array  # (...), s: 0 for what is not counted
     target_weight: Array  # (...), s * w_y, or s: what the mean divides by
     nan: Array  # (...), NaN for an index out of range, else 1
+    # Of sparse targets, (..., K, C), one-hot: 0 where a place is empty
+    places: Any = None  # with their probabilities
+    each: Any = None  # without; NaN for an index out of range
 
 
 @public
@@ -81,7 +86,7 @@ def log_softmax(
 @public
 def nll(
     log_probs: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -97,8 +102,11 @@ def nll(
     _check_whole(log_p, axis_name=axis_name, class_axis_name=class_axis_name)
     e = _examples(log_p, axis, targets, ignored, weight, sample_weight, None, "log_probs")
     log_p = jnp.moveaxis(log_p, axis, -1).astype(e.weight.dtype)
-    if not is_float(targets):
-        log_p = jnp.where(e.target == 0, 0, log_p)  # an index reads its own class alone
+    # An index reads its own class alone.
+    if e.places is not None:
+        log_p = jnp.where(jnp.all(e.places == 0, -2), 0, log_p)
+    elif not is_of_all_classes(targets):
+        log_p = jnp.where(e.target == 0, 0, log_p)
 
     def terms(lost: Array) -> Any:
         return _cross(e, e.target, jnp.where(lost[..., None], 0, log_p)), 0
@@ -110,7 +118,7 @@ def nll(
 @public
 def cross_entropy(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -137,7 +145,7 @@ def cross_entropy(
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -169,7 +177,7 @@ def linear_cross_entropy(
 @public
 def token_stats(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     ignore_index: int | None = -100,
     axis: int | None = None,
@@ -179,8 +187,8 @@ def token_stats(
     class_axis_name: AxisName = None,
 ) -> TokenStats:
     """Return log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
-    read_index_targets(targets, ignore_index, WANTED)
-    x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits")
+    read_stat_targets(targets, ignore_index)
+    x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits", True)
     _check_whole(x, class_axis_name=class_axis_name)
     e = _examples(x, axis, targets, ignored, None, None, class_mask, "logits")
     return _token_stats(jnp.moveaxis(x, axis, -1), e, logit_scale, softcap)
@@ -190,7 +198,7 @@ def token_stats(
 def linear_token_stats(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -206,11 +214,11 @@ def linear_token_stats(
     width_axis_name: AxisName = None,
 ) -> TokenStats:
     """Return the statistics of hidden @ kernel + bias."""
-    read_index_targets(targets, ignore_index, WANTED)
+    read_stat_targets(targets, ignore_index)
     names = axis_name, class_axis_name, width_axis_name
     x, e = _read_head(
         hidden, kernel, targets, bias, class_axis, dtype, precision, chunk_size, ignore_index,
-        None, None, class_mask, *names,
+        None, None, class_mask, *names, True,
     )  # fmt: skip
     return _token_stats(x, e, logit_scale, softcap)
 
@@ -281,9 +289,16 @@ def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> Toke
     log_p, lse = _log_softmax(logits(~counted))
     p = jnp.exp(log_p)
     prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1, keepdims=True)
+    log_prob = jnp.sum(_safe_multiply(e.target, log_p), -1)
     is_target = jnp.take_along_axis(e.target, prediction, -1) > 0
+    if e.places is not None:
+        mass = jnp.where(jnp.any(e.places != 0, -2), e.target, -jnp.inf)
+        is_target = prediction == jnp.argmax(mass, -1, keepdims=True)
+    if e.each is not None:
+        log_prob = jnp.sum(_safe_multiply(e.each, log_p[..., None, :]), -1)
+    counted_each = counted if e.each is None else counted[..., None]
     return TokenStats(
-        log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
+        log_prob=jnp.where(counted_each, log_prob, 0),
         log_normalizer=jnp.where(counted, lse, 0),
         entropy=jnp.where(counted, -jnp.sum(_safe_multiply(p, log_p), -1), 0),
         prediction=jnp.where(counted, prediction[..., 0].astype(jnp.int32), -1),
@@ -403,10 +418,12 @@ def _examples(
     mask = _class_mask(class_mask, x.shape, axis, name)
     has_class = jnp.any(mask, -1)
     mask, s = mask | ~has_class[..., None], jnp.where(has_class, s, 0)
-    if is_float(targets):
+    if is_of_all_classes(targets):
         t = jnp.moveaxis(jnp.asarray(targets), axis, -1).astype(dtype)
         t = _blank_uncounted(s[..., None], t)
         return _Examples(mask, t, w, s, s, jnp.ones_like(s))
+    if isinstance(targets, SparseTargets):
+        return _sparse_examples(mask, w, s, targets, ignored)
     index, is_ignored = _index(targets, ignored, num_classes)
     outside = index < 0
     s = jnp.where(is_ignored | outside & (s == 0), 0, s)
@@ -414,6 +431,24 @@ def _examples(
     w_y = jnp.where(outside, 1, jnp.sum(_weighted(t, w, s), -1))
     nan = _nan_where(outside & (s != 0), dtype)
     return _Examples(mask, t + nan[..., None], w, s, s * w_y, 1 + nan)
+
+
+def _sparse_examples(
+    mask: Array, w: Array, s: Array, targets: SparseTargets, ignored: Any
+) -> _Examples:
+    """Make the dense targets that sparse ones stand for: t_c = sum_k p_k, over i_k = c."""
+    index, empty = _index(targets.indices, ignored, w.shape[-1])
+    outside = (index < 0) & ~empty
+    some_outside = jnp.any(outside, -1)
+    s = jnp.where(jnp.all(empty, -1) | some_outside & (s == 0), 0, s)
+    places = jax.nn.one_hot(jnp.where(empty, -1, index), w.shape[-1], dtype=s.dtype)
+    if targets.probabilities is None:
+        each = places + _nan_where(outside & (s[..., None] != 0), s.dtype)[..., None]
+        return _Examples(mask, jnp.sum(places, -2), w, s, s, jnp.ones_like(s), each=each)
+    p = _blank_uncounted(s[..., None], jnp.asarray(targets.probabilities, s.dtype))
+    t = jnp.sum(places * jnp.where(empty | outside, 0, p)[..., None], -2)
+    nan = _nan_where(some_outside & (s != 0), s.dtype)
+    return _Examples(mask, t + nan[..., None], w, s, s, 1 + nan, places)
 
 
 def _index(targets: Any, ignored: Any, num_classes: int | None) -> tuple[Array, Array]:
@@ -435,18 +470,23 @@ def _class_mask(class_mask: Any, shape: tuple[int, ...], axis: int, name: str) -
 
 
 def _read(
-    logits: Any, targets: Any, ignore_index: Any, axis: int | None, name: str
+    logits: Any,
+    targets: Any,
+    ignore_index: Any,
+    axis: int | None,
+    name: str,
+    as_statistics: bool = False,
 ) -> tuple[Array, int, Any, Any]:
     """Return logits, the class axis, targets and the ignored one."""
     x = jnp.asarray(read_logits(logits, name, targets))
-    targets, ignored = read_targets(targets, ignore_index)
+    targets, ignored = read_targets(targets, ignore_index, as_statistics=as_statistics)
     return x, read_class_axis(axis, x, targets, name), targets, ignored
 
 
 def _read_head(
     hidden: Any, kernel: Any, targets: Any, bias: Any, class_axis: Any, dtype: Any, precision: Any,
     chunk_size: Any, ignore_index: Any, weight: Any, sample_weight: Any, class_mask: Any,
-    axis_name: Any, class_axis_name: Any, width_axis_name: Any,
+    axis_name: Any, class_axis_name: Any, width_axis_name: Any, as_statistics: bool = False,
 ) -> Any:  # fmt: skip
     """Return hidden @ kernel + bias, in float32 or float64, and the examples."""
     hidden, kernel = (
@@ -462,7 +502,7 @@ def _read_head(
     hidden, kernel, class_axis, dtype = read_hidden_and_kernel(hidden, kernel, class_axis, dtype, 1)
     kernel = kernel if class_axis == 1 else kernel.T
     num_classes, axis = kernel.shape[1], hidden.ndim - 1
-    targets, ignored = read_targets(targets, ignore_index)
+    targets, ignored = read_targets(targets, ignore_index, as_statistics=as_statistics)
     check_head_targets(targets, hidden, num_classes)
     read_chunk_size(chunk_size)
     bias, precision = read_bias(bias, num_classes), read_precision(precision, dtype)

@@ -78,20 +78,20 @@ def _pack(shift: Array, sums: RowSums, best: Array | None) -> tuple[Any, Array |
 
 
 def _unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, RowSums]:
-    asked = _sums_like(plan, head, fixed, 0)
-    shift_and_sums: tuple[Array, RowSums] = unpacked(jax.tree.structure((0, asked)), values, -1)
+    sizes = 1, _sizes_of_sums(plan, head, fixed)
+    shift_and_sums: tuple[Array, RowSums] = unpacked(sizes, values, -1)
     return shift_and_sums
 
 
-def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
-    """Return sums of this value, where they are asked for."""
+def _sizes_of_sums(plan: Plan, head: Head, fixed: Fixed) -> RowSums:
+    """Return how many of each sum a token has; None for those not asked for."""
     best = keeps_best_apart(plan, fixed)
-    mass = None if head.mass is None else value
+    mass = None if head.mass is None and head.places is None else 1
     return RowSums(
-        left=value,
-        others=value,
-        moment=value if plan.stats else None,
-        target=value if best and fixed.target is not None else None,
+        left=1,
+        others=1,
+        moment=1 if plan.stats else None,
+        target=fixed.target.shape[1] if best and fixed.target is not None else None,
         left_mass=mass if best else None,
         mass=mass,
         mass_logit=mass,
@@ -176,7 +176,9 @@ def no_classes(plan: Plan, head: Head, fixed: Fixed) -> Rows:
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
     # Below all logits, and finite: -inf - -inf is NaN.
     lowest = zeros + jnp.finfo(dtype).min
-    none = _sums_like(plan, head, fixed, zeros)._replace(left=zeros - jnp.inf)
+    sizes = _sizes_of_sums(plan, head, fixed)
+    none = jax.tree.map(lambda size: jnp.zeros((*zeros.shape[:1], size), dtype), sizes)
+    none = none._replace(left=zeros - jnp.inf)
     best = jnp.zeros(zeros.shape, jnp.int32) if keeps_best_apart(plan, fixed) else None
     rows: Rows = vary_like(head.hidden, (lowest, none, best))
     return rows
@@ -202,13 +204,14 @@ def add_chunk(plan: Plan, rows: Rows, chunk: Chunk, fixed: Fixed, logits: Array)
         apart, target, stays = target, None, has_target
     change = shift - jnp.maximum(shift, top)
     shift = jnp.maximum(shift, top)
-    part = _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
+    part = _chunk_sums(plan, chunk, fixed, logits, transform, shift, (apart, target))
     return shift, merge(sums.rebase(change), part, stays, has_target), best
 
 
 def _chunk_sums(
     plan: Plan,
     chunk: Chunk,
+    fixed: Fixed,
     logits: Array,
     transform: Transform,
     shift: Array,
@@ -217,7 +220,8 @@ def _chunk_sums(
     mass = chunk.head.mass
     if mass is not None:
         mass = chunk_mass(chunk, mass)
-    return set_sums(-1, plan.stats, logits, transform, shift, chunk.class_mask, index, mass)
+    places = chunk.places(fixed)
+    return set_sums(-1, plan.stats, logits, transform, shift, chunk.class_mask, index, mass, places)
 
 
 @streamed_sums.defjvp
@@ -235,7 +239,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed, Array], tangents: Any) -> 
         logits = chunk_logits(plan, chunk.head)
         apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
         transform = transform_of(head, fixed)
-        return _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
+        return _chunk_sums(plan, chunk, fixed, logits, transform, shift, (apart, target))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(d_sums: RowSums, i: Array) -> tuple[RowSums, None]:
@@ -261,16 +265,18 @@ def _gradients_pass(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
     fixed = fixed.by_token(blocks.first)
 
     def step(total: Head, i: Array) -> tuple[Head, None]:
-        def turn(d_hidden: Array, around: Around, chunk: Chunk, fixed: Fixed) -> tuple[Array, Head]:
+        def turn(of_tokens: Any, around: Around, chunk: Chunk, fixed: Fixed) -> tuple[Any, Head]:
             part = chunk_gradients(plan, around, chunk, fixed)
             mass = part.mass
             if mass is not None:  # whose other arrays have no gradient
                 mass = dataclasses.replace(mass, sample_weight=None, share=None)
-            return d_hidden + part.hidden, part._replace(hidden=None, mass=mass)
+            of_tokens = jax.tree.map(jnp.add, of_tokens, (part.hidden, part.places))
+            return of_tokens, part._replace(hidden=None, mass=mass, places=None)
 
         chunk = read_chunk(plan, head, fixed, i)
-        d_hidden, part = blocks.run(turn, total.hidden, around, chunk, fixed)
-        total = total._replace(hidden=d_hidden)
+        of_tokens = total.hidden, total.places
+        (hidden, places), part = blocks.run(turn, of_tokens, around, chunk, fixed)
+        total = total._replace(hidden=hidden, places=places)
         return accumulate(plan, head, total, scatter_width(plan, part), chunk.start), None
 
     zeros = zero_gradients(plan, head)
