@@ -137,8 +137,11 @@ def _read_sparse_targets(
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"targets.indices must be integers, got {describe(indices)}")
     indices, ignored = read_targets(indices, ignore_index)
-    if indices.ndim == 0:
-        raise ValueError("targets.indices must be (..., K), K classes an example, got a scalar")
+    if indices.ndim == 0 or indices.shape[-1] == 0:
+        raise ValueError(
+            f"targets.indices is {list(indices.shape)}: it must be (..., K), K > 0 classes an "
+            "example; a place may be empty, by ignore_index"
+        )
     if probabilities is None:
         if not as_statistics:
             raise TypeError(

@@ -355,9 +355,8 @@ def read_head(
     given = read_given("logits", shape, len(shape) - 1, targets, ignored, **keywords)
     bias = read_bias(bias, num_classes)
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
-    tables = is_of_all_classes(targets) or (
-        given.class_mask is not None and given.class_mask.ndim > 1
-    )
+    mask = given.class_mask
+    tables = is_of_all_classes(targets) or (mask is not None and mask.ndim > 1)
     some_uncounted = given.ignore_index is not None or given.sample_weight is not None
     gathered: Names = ()
     if layout.mesh is None and not in_shard_map(layout.width):

@@ -205,25 +205,24 @@ def _stats(rows: Targets, shift: Array, sums: RowSums, prediction: Array) -> Tok
     else:
         is_prediction = prediction == _most_probable(rows.places, axis)
         log_prob = -row_loss(rows, sums)
-    if rows.slot is not None:
-        log_prob = take_class((log_prob,), rows.slot, axis)
-    log_prob = rows.example_weight * log_prob
-    stats = TokenStats(
-        log_prob=jnp.squeeze(log_prob, axis)
-        if rows.slot is None
-        else jnp.moveaxis(log_prob, axis, -1),
+    if rows.slot is None:
+        log_prob = jnp.squeeze(rows.example_weight * log_prob, axis)
+    else:
+        log_prob = rows.example_weight * take_class((log_prob,), rows.slot, axis)
+        log_prob = jnp.moveaxis(log_prob, axis, -1)
+    return TokenStats(
+        log_prob=log_prob,
         log_normalizer=jnp.squeeze(shift + log_sum, axis),
         entropy=jnp.squeeze(entropy(sums), axis),
         prediction=jnp.squeeze(jnp.where(counted, prediction.astype(jnp.int32), -1), axis),
         correct=jnp.squeeze(counted, axis) & jnp.any(is_prediction, axis),
     )
-    return stats
 
 
 def _most_probable(places: Places, axis: int) -> Array:
     """Return the class of the largest mass, the first of equals, -1 where there is no class."""
     mass = jnp.where(places.index < 0, -jnp.inf, jax.lax.stop_gradient(places.mass))
-    top = jnp.max(mass, axis, keepdims=True, initial=-jnp.inf)
+    top = jnp.max(mass, axis, keepdims=True)
     largest = (mass == top) & (places.index >= 0)
     first = jnp.where(largest, places.index, jnp.iinfo(jnp.int32).max)
-    return jnp.min(first, axis, keepdims=True, initial=jnp.iinfo(jnp.int32).max)
+    return jnp.min(first, axis, keepdims=True)

@@ -88,7 +88,7 @@ class TargetMass:
     """A target mass over classes, q = w * ((1 - eps) * probabilities + eps / C), as its arrays.
 
     C counts the classes that exist, whose share is 1 / C. Beside an index, or probabilities of few
-    classes, it is the part that smoothing spreads, and has no probabilities. None leaves a part out.
+    classes, it is the part that smoothing spreads, without probabilities. None leaves a part out.
     """
 
     probabilities: Any  # (..., C, ...)
@@ -115,6 +115,8 @@ class TargetMass:
 
     def at(self, index: Array, axis: int, class_mask: Any) -> Array:
         """Return q at class indices (..., 1, ...); any value where they are < 0."""
+        if self.probabilities is None and self.weight is None and class_mask is None:
+            return self.values(None)
 
         def values(probabilities: Any, weight: Any, class_mask: Any) -> Array:
             here = dataclasses.replace(self, probabilities=probabilities, weight=weight)
@@ -367,9 +369,8 @@ def unique_classes(index: Array, axis: int) -> tuple[Array, Array]:
     """
     place = zeros_like(index, jnp.int32) + class_numbers(index, axis)
     ordered, order = jax.lax.sort((index, place), axis, num_keys=1)
-    size = index.shape[axis]
-    first = jax.lax.slice_in_dim(ordered, 0, min(1, size), axis=axis)
-    before = jax.lax.slice_in_dim(ordered, 0, max(0, size - 1), axis=axis)
+    first = jax.lax.slice_in_dim(ordered, 0, 1, axis=axis)
+    before = jax.lax.slice_in_dim(ordered, 0, -1, axis=axis)
     is_new = ordered != jax.lax.concatenate([zeros_like(first) - 1, before], axis)
     slot = jax.lax.cummax(jnp.where(is_new, place, 0), axis)
     _, slot = jax.lax.sort((order, slot), axis, num_keys=1)

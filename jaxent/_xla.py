@@ -147,10 +147,11 @@ def take_class(
 ) -> Array:
     """Return `function(*arrays)`, elementwise, at the class (..., 1, ...); any value if it is < 0.
 
-    Arrays are (..., C, ...), or tables of one value a class, (1, C, 1, ...), or None. Of several
-    classes, (..., K, ...), it is a gather, and on a CPU of one: a sum in which all other classes are 0 takes five times as long as the sum of the
+    Arrays are (..., C, ...), or tables of one value a class, (1, C, 1, ...), or None. On a CPU it
+    is a gather: a sum in which all other classes are 0 takes five times as long as the sum of the
     exponentials (jax 0.10.2). Other backends fuse that sum with the pass over the same values, and
-    an explicit mesh that splits the classes, or the index alone, refuses the gather.
+    an explicit mesh that splits the classes, or the index alone, refuses the gather. Of several
+    classes, (..., K, ...), where that sum takes K times as long, it is a gather everywhere.
     """
     if not splits_alike(arrays, index):
         return _masked_sum(arrays, index, axis, function)
