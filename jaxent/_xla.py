@@ -232,25 +232,6 @@ def put_at_class(x: Array, index: Array, values: Array, axis: int) -> Array:
     """
     if not splits_alike((x,), index):
         return _masked_put(x, index, values, axis)
-    return _put_bits(axis, x, index, values)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _put_bits(axis: int, x: Array, index: Array, values: Array) -> Array:
-    """`_put`, of half precision that of its bits, as in `gather_bits`."""
-    if x.dtype.itemsize != 2:
-        return _put(axis, x, index, values)
-    x_bits, bits = (jax.lax.bitcast_convert_type(each, jnp.uint16) for each in (x, values))
-    return jax.lax.bitcast_convert_type(_put(axis, x_bits, index, bits), x.dtype)
-
-
-@_put_bits.defjvp
-def _put_bits_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (x, index, values), (d_x, _, d_values) = primals, tangents
-    return _put_bits(axis, x, index, values), _put(axis, d_x, index, d_values)
-
-
-def _put(axis: int, x: Array, index: Array, values: Array) -> Array:
     at = index[..., None], values, _scatter_dimensions(axis, x)
     put: Array = jax.lax.scatter(x, *at, unique_indices=True, mode="drop")
     return put
