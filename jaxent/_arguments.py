@@ -519,10 +519,11 @@ def _try_precision(precision: Any, dtype: Any) -> None:
 def check_head_targets(targets: Any, hidden: Any, num_classes: int) -> None:
     shape = hidden.shape[:-1]
     if isinstance(targets, SparseTargets):
-        if targets.indices.shape[:-1] != shape:
+        indices: Any = targets.indices
+        if indices.shape[:-1] != shape:
             raise ValueError(
-                f"{describe_pair('hidden', hidden, 'targets.indices', targets.indices)}: they must "
-                f"be {[*shape]} and K, the number of classes of each"
+                f"{describe_pair('hidden', hidden, 'targets.indices', indices)}: they must be "
+                f"{[*shape]} and K, the number of classes of each"
             )
         return
     shapes = f"hidden is {list(hidden.shape)}, targets {describe(targets)}"

@@ -132,7 +132,8 @@ def linear_cross_entropy(
       hidden: hidden states, float, (..., D); any leading shape, none too.
       kernel: float, (D, C), as in `flax.nnx.Linear`; (C, D) with `class_axis=0`, as in an
         embedding.
-      targets: class indices, integers, (...); or class probabilities, float, (..., C).
+      targets: class indices, integers, (...); or class probabilities, float, (..., C); or
+        `jaxent.SparseTargets`, the probabilities of few classes, (..., K).
       bias: float, (C,).
       class_axis: the kernel's axis of classes.
       dtype: of the matmuls' operands; by default that of `hidden` and `kernel`, promoted.

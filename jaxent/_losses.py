@@ -240,7 +240,8 @@ def cross_entropy(
       targets: class indices, any integer dtype, the shape of the logits without the class
         axis; or class probabilities, float, the shape of the logits, taken as given. An
         index outside [0, C) that is not `ignore_index` gives NaN, in its loss and in its
-        gradient, which `jax_debug_nans` finds; `jaxent.check_targets` names it.
+        gradient, which `jax_debug_nans` finds; `jaxent.check_targets` names it. Or
+        `jaxent.SparseTargets`: the probabilities of few classes, which are never made dense.
       weight: class weights, (C,).
       ignore_index: targets equal to it do not count; None switches it off.
       reduction: "mean", "sum" or "none".

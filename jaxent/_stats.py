@@ -79,7 +79,11 @@ def token_stats(
 
     Args:
       logits: float array, (..., C, ...). Half precision is computed in float32.
-      targets: class indices, integers, the shape of the logits without the class axis.
+      targets: class indices, integers, the shape of the logits without the class axis. Or
+        `jaxent.SparseTargets`. Without probabilities, `log_prob` is that of each of its classes,
+        (..., K), 0 at an empty place, and `correct` whether any of them is the prediction. With
+        them, `log_prob` is :math:`\sum_k p_k \log p_{i_k}`, the negative cross-entropy, and
+        `correct` whether the prediction is the most probable of them.
       ignore_index, axis, class_mask, logit_scale, softcap, class_axis_name: as in
         `jaxent.cross_entropy`.
 
@@ -148,7 +152,7 @@ def linear_token_stats(
       hidden, kernel, bias, class_axis, dtype, precision, chunk_size, ignore_index,
         class_mask, logit_scale, softcap, axis_name, class_axis_name, width_axis_name: as in
         `jaxent.linear_cross_entropy`.
-      targets: class indices, integers, (...).
+      targets: class indices, integers, (...); or `jaxent.SparseTargets`, as in `token_stats`.
 
     Returns:
       As `token_stats`, arrays of shape (...).

@@ -190,8 +190,16 @@ class Targets:
 
     def weights(self) -> "Targets":
         """Return what the reduction needs: floats, of one value an example."""
-        left_out = "class_mask", "index", "local_index", "mass", "places", "local_places", "slot"
-        return dataclasses.replace(self, **dict.fromkeys(left_out))
+        return dataclasses.replace(
+            self,
+            class_mask=None,
+            index=None,
+            local_index=None,
+            mass=None,
+            places=None,
+            local_places=None,
+            slot=None,
+        )
 
     def unlike_classes(self, num_classes: int) -> "Targets":
         """Return it with an empty place more where there are as many as classes.
@@ -331,8 +339,9 @@ def _make_sparse(
     if targets.probabilities is None:  # each class has a log-probability: 0, NaN or its own
         example_weight = jnp.where(empty, 0, sample_weight)
         example_weight *= 1 + nan_where(outside & ~is_gone, dtype)
-        index_and_slot = {"index": index, "local_index": local, "slot": slot}
-        return dataclasses.replace(read, **index_and_slot, example_weight=example_weight)
+        return dataclasses.replace(
+            read, index=index, local_index=local, slot=slot, example_weight=example_weight
+        )
 
     given = jnp.moveaxis(targets.probabilities, -1, axis).astype(dtype)
     given = jnp.where(empty | outside, 0, blank_uncounted(sample_weight, given))
