@@ -131,7 +131,8 @@ def read_targets(
 def _read_sparse_targets(
     targets: SparseTargets, ignore_index: Any, as_statistics: bool
 ) -> tuple[SparseTargets, Any]:
-    indices, probabilities = targets
+    indices: Any = targets.indices
+    probabilities: Any = targets.probabilities
     if whole_numbers(indices) is None:
         indices = read_array("targets.indices", indices)
         if not jnp.issubdtype(indices.dtype, jnp.integer):

@@ -462,7 +462,7 @@ def row_gradients(
         return RowGradients(d_x, d_transform, d_q)
 
     # The rows of few classes, as if there were no others.
-    at = target if places is None else places.index
+    at: Any = target if places is None else places.index
     inside = is_inside(at, axis, x)
     mask = None if class_mask is None else take_class((class_mask,), at, axis, jnp.float32) > 0
     few, is_apart = take_class((x,), at, axis), None if apart is None else at == apart
@@ -503,7 +503,8 @@ def _logit_gradients(
     centred = centre(transform, x, shift, class_mask)
     # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
     d_z: Any = zeros_like(centred) if shift is None else 0
-    d_q = None
+    d_q: Any = None
+    by_mass: Any = None
     if shift is not None:
         mask = class_mask
         if masked:

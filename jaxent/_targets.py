@@ -208,9 +208,10 @@ class Targets:
         """
 
         def one_more(x: Any, value: Any) -> Any:
-            several = x is not None and x.shape[self.axis] == num_classes > 1
-            widths = [(0, axis == self.axis % x.ndim) for axis in range(x.ndim)] if several else []
-            return jnp.pad(x, widths, constant_values=value) if several else x
+            if x is None or num_classes == 1 or x.shape[self.axis] != num_classes:
+                return x
+            widths = [(0, int(axis == self.axis)) for axis in range(x.ndim)]
+            return jnp.pad(x, widths, constant_values=value)
 
         places = self.places
         if places is not None:

@@ -222,7 +222,6 @@ def _masked_put(x: Array, index: Array, values: Array, axis: int) -> Array:
     return jnp.where(jnp.any(one_hots, places), jnp.sum(put, places), x)
 
 
-@workaround(_masked_put)
 def put_at_class(x: Array, index: Array, values: Array, axis: int) -> Array:
     """Return x with these values, (..., K, ...), at the classes of an index of the same shape.
 
