@@ -266,12 +266,10 @@ def read_class_axis(axis: Any, logits: Any, targets: Any, name: str) -> int:
     """Return the class axis, given or read off the shapes; it is never guessed."""
     shape, ndim = logits.shape, logits.ndim
     sparse = isinstance(targets, SparseTargets)
-    shapes = f"{name} are {list(shape)}, targets {describe(targets)}"
-    what = "class indices must be"
-    if sparse:
-        what = "targets.indices must be (..., K), (...) being"
-        shapes = f"{name} are {list(shape)}, targets.indices {describe(targets.indices)}"
-    of_examples = targets.indices.shape[:-1] if sparse else targets.shape
+    given: Any = targets.indices if sparse else targets
+    of_examples = given.shape[:-1] if sparse else given.shape
+    shapes = f"{name} are {list(shape)}, targets{'.indices' if sparse else ''} {describe(given)}"
+    what = "targets.indices must be (..., K), (...) being" if sparse else "class indices must be"
     # Read off the shapes, it is PyTorch's 1 or JAX's -1; of 1-D logits it is 0.
     likely = sorted({min(1, ndim - 1), ndim - 1})
     axes = likely if axis is None else [read_axis(axis, ndim, name)]

@@ -1,6 +1,7 @@
 """Targets of few classes: which they are, and how probable each is."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from jax.typing import ArrayLike
 
@@ -29,5 +30,5 @@ class SparseTargets(NamedTuple):
       Array(3., dtype=float32)
     """
 
-    indices: ArrayLike
-    probabilities: ArrayLike | None = None
+    indices: ArrayLike | Sequence[Any]
+    probabilities: ArrayLike | Sequence[Any] | None = None

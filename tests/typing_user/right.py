@@ -19,6 +19,7 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         jaxent.cross_entropy(logits, [1, 2, 3, 4], reduction="none", weight=[1.0] * 10),
         jaxent.nll(log_probs, labels, reduction="sum", ignore_index=None),
         jaxent.linear_cross_entropy(logits, kernel, labels, precision="highest"),
+        jaxent.cross_entropy(logits, jaxent.SparseTargets(labels[:, None], [[0.5]] * 4)),
         jaxent.total_weight(labels, sample_weight=labels != 0),
         jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
         # Until it is rewritten:
