@@ -272,7 +272,11 @@ def make_targets(
         return _make_sparse(
             Targets(axis, class_mask, *[None] * 7),  # type: ignore[arg-type]
             targets,
-            read_indices(jnp.moveaxis(targets.indices, -1, axis), all_classes, given.ignore_index),
+            read_indices(
+                jnp.moveaxis(jnp.asarray(targets.indices), -1, axis),
+                all_classes,
+                given.ignore_index,
+            ),
             num_classes,
             classes,
             is_gone,
@@ -344,7 +348,7 @@ def _make_sparse(
             read, index=index, local_index=local, slot=slot, example_weight=example_weight
         )
 
-    given = jnp.moveaxis(targets.probabilities, -1, axis).astype(dtype)
+    given = jnp.moveaxis(jnp.asarray(targets.probabilities), -1, axis).astype(dtype)
     given = jnp.where(empty | outside, 0, blank_uncounted(sample_weight, given))
     mass = add_at_class(zeros_like(given), slot, given, axis)
     nan = nan_where(is_outside & ~is_gone, dtype)
