@@ -91,7 +91,7 @@ def dense(function):
     return run
 
 
-@examples(8)
+@examples(4)
 @given(sparse_calls())
 def test_law_15_sparse_targets_equal_dense_ones(call):
     assert_same(
@@ -102,7 +102,7 @@ def test_law_15_sparse_targets_equal_dense_ones(call):
 
 
 @pytest.mark.parametrize("one_loop", [False, True])
-@examples(8)
+@examples(4)
 @given(sparse_calls())
 def test_law_2_sparse_targets_equal_their_reference(one_loop, call):
     with forced(one_loop=one_loop):
@@ -119,7 +119,7 @@ def test_law_15_nll_of_sparse_targets_equals_dense_ones(call):
 
 
 @pytest.mark.parametrize("made_forward", [False, True])
-@examples(5)
+@examples(3)
 @given(sparse_calls(head_calls))
 def test_law_15_a_head_with_sparse_targets_equals_dense_ones(made_forward, call):
     with forced(made_forward=made_forward, skip=True, block=3):
@@ -150,7 +150,7 @@ def over_halves_of_the_classes(function):
     return split
 
 
-@examples(5)
+@examples(3)
 @given(sparse_calls(calls, EVERY_OPTION, SPLIT))
 def test_law_11_sparse_targets_over_split_classes_equal_the_whole(call):
     actual = evaluate(sparse(over_halves_of_the_classes(jaxent.cross_entropy)), call)
