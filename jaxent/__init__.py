@@ -7,8 +7,9 @@ loss = jaxent.CrossEntropyLoss(weight=class_weights, label_smoothing=0.1)(logits
 
 `cross_entropy`, `nll`, `log_softmax` and `total_weight` are the functions, and
 `linear_cross_entropy` the classifier head and the loss in one, without the logits;
-`token_stats` and `linear_token_stats` are what logits say of each token; `next_token_targets` are
-a causal model's; `check_targets` names a target that is out of range. `CrossEntropyLoss`,
+`token_stats` and `linear_token_stats` are what logits say of each token; `SparseTargets` are
+probabilities of few classes, `next_token_targets` a causal model's; `check_targets` names a target
+that is out of range. `CrossEntropyLoss`,
 `NLLLoss` and `LinearCrossEntropyLoss` are the objects, `LinearHead` is an `nnx.Linear` with its
 loss. `reference` has the formulas that they equal, `porting` the way from PyTorch.
 """
@@ -22,6 +23,7 @@ from ._linear import linear_cross_entropy
 from ._losses import cross_entropy, log_softmax, nll, total_weight
 from ._next_token import next_token_targets
 from ._reduction import TokenStats
+from ._sparse import SparseTargets
 from ._stats import linear_token_stats, token_stats
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearHead",
     "NLLLoss",
+    "SparseTargets",
     "TokenStats",
     "check_targets",
     "cross_entropy",

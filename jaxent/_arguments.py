@@ -21,8 +21,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ._numerics import compute_dtype, widened_dtype
+from ._sparse import SparseTargets
 
 ArrayOrList = ArrayLike | Sequence[Any]
+TargetsLike = ArrayOrList | SparseTargets
 DotGeneral = Callable[..., jax.Array]
 Reduction = Literal["mean", "sum", "none"]
 
@@ -104,6 +106,8 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
     Integers have at least 32 bits. None is cut: one that JAX's integers lack becomes another that
     is out of range, or ignored, as it is itself.
     """
+    if isinstance(targets, SparseTargets):
+        return _read_sparse_targets(targets, ignore_index)
     ignore_index = read_ignore_index(ignore_index)
     whole = whole_numbers(targets)
     if whole is not None and whole.dtype.itemsize == 8:
@@ -128,6 +132,32 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
     if ignore_index is None or not limits.min <= ignore_index <= limits.max:
         return targets, None
     return targets, np.asarray(ignore_index, dtype)
+
+
+def _read_sparse_targets(targets: SparseTargets, ignore_index: Any) -> tuple[SparseTargets, Any]:
+    indices: Any = targets.indices
+    if whole_numbers(indices) is None:
+        indices = read_array("targets.indices", indices)
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(f"targets.indices must be integers, got {describe(indices)}")
+    indices, ignored = read_targets(indices, ignore_index)
+    if indices.ndim == 0 or indices.shape[-1] == 0:
+        raise ValueError(
+            f"targets.indices is {list(indices.shape)}: it must be (..., K), K > 0 classes an "
+            "example; a place may be empty, by ignore_index"
+        )
+    probabilities = read_array("targets.probabilities", targets.probabilities)
+    both = describe_pair("targets.indices", indices, "targets.probabilities", probabilities)
+    if not is_float(probabilities):
+        raise TypeError(f"{both}: probabilities must be floats")
+    if probabilities.shape != indices.shape:
+        raise ValueError(f"{both}: they must have one shape, (..., K)")
+    return SparseTargets(indices, probabilities), ignored
+
+
+def is_of_all_classes(targets: Any) -> bool:
+    """Return whether targets that were read are class probabilities, with a class axis."""
+    return not isinstance(targets, SparseTargets) and is_float(targets)
 
 
 def whole_numbers(targets: Any) -> Any:
@@ -186,7 +216,7 @@ def _cut(targets: np.ndarray, ignore_index: int | None) -> tuple[np.ndarray, Any
 
 def read_index_targets(targets: Any, ignore_index: Any, wanted: str) -> tuple[Any, Any]:
     targets, ignored = read_targets(targets, ignore_index)
-    if is_float(targets):
+    if isinstance(targets, SparseTargets) or is_float(targets):
         raise TypeError(f"targets are {describe(targets)}: {wanted}")
     return targets, ignored
 
@@ -231,28 +261,32 @@ def check_axis(axis: Any) -> None:
 def read_class_axis(axis: Any, logits: Any, targets: Any, name: str) -> int:
     """Return the class axis, given or read off the shapes; it is never guessed."""
     shape, ndim = logits.shape, logits.ndim
-    shapes = f"{name} are {list(shape)}, targets {describe(targets)}"
+    sparse = isinstance(targets, SparseTargets)
+    given: Any = targets.indices if sparse else targets
+    of_examples = given.shape[:-1] if sparse else given.shape
+    shapes = f"{name} are {list(shape)}, targets{'.indices' if sparse else ''} {describe(given)}"
+    what = "targets.indices must be (..., K), (...) being" if sparse else "class indices must be"
     # Read off the shapes, it is PyTorch's 1 or JAX's -1; of 1-D logits it is 0.
     likely = sorted({min(1, ndim - 1), ndim - 1})
     axes = likely if axis is None else [read_axis(axis, ndim, name)]
-    if is_float(targets):
+    if is_of_all_classes(targets):
         if targets.shape != shape:
             raise ValueError(
                 f"{shapes}: float targets are class probabilities and need the shape of the "
                 f"{name}; class indices need an integer dtype"
             )
-    elif targets.shape == shape:
+    elif not sparse and targets.shape == shape:
         raise ValueError(
             f"{shapes}: class indices have no class axis; if these are one-hot or "
             f"probabilities, pass floats: targets.astype({name}.dtype)"
         )
     else:
         lacking = {a: shape[:a] + shape[a + 1 :] for a in axes}
-        axes = [a for a in axes if lacking[a] == targets.shape]
+        axes = [a for a in axes if lacking[a] == of_examples]
         if not axes:
             wanted = " or ".join(f"{list(s)} (axis={a})" for a, s in lacking.items())
             raise ValueError(
-                f"{shapes}: class indices must be {wanted}, the shape of the {name} without "
+                f"{shapes}: {what} {wanted}, the shape of the {name} without "
                 "the class axis; if that is another axis, pass axis"
             )
     if len(axes) == 2:
@@ -540,6 +574,14 @@ def _try_product(
 
 def check_head_targets(targets: Any, hidden: Any, num_classes: int) -> None:
     shape = hidden.shape[:-1]
+    if isinstance(targets, SparseTargets):
+        indices: Any = targets.indices
+        if indices.shape[:-1] != shape:
+            raise ValueError(
+                f"{describe_pair('hidden', hidden, 'targets.indices', indices)}: they must be "
+                f"{[*shape]} and K, the number of classes of each"
+            )
+        return
     shapes = f"hidden is {list(hidden.shape)}, targets {describe(targets)}"
     if is_float(targets):
         if targets.shape != (*shape, num_classes):

@@ -15,8 +15,10 @@ from . import _xla
 from ._axes import vary_alike
 from ._numerics import compute_dtype, finite_exp
 from ._rows import (
+    Places,
     RowSums,
     Transform,
+    add_places,
     centre,
     centre_at,
     exponentials,
@@ -65,6 +67,7 @@ def row_sums(
     class_mask: Array | None,
     index: tuple[Array | None, Array | None],
     mass: TargetMass | None,
+    places: Places | None,
     moment: bool = False,
 ) -> RowSums:
     """Return the sums of each row, (..., 1, ...), those that are asked for.
@@ -79,22 +82,24 @@ def row_sums(
       index: int32, (..., 1, ...), < 0 for none: of the class apart, and of a target that may be
         another one; None leaves them out.
       mass: of the targets. It is that of all classes where the class apart is the target.
+      places: few classes that have more mass, of targets that are probabilities.
       moment: whether to return it.
     """
-    arguments = vary_alike(x, transform, shift, class_mask, index, mass)
+    arguments = vary_alike(x, transform, shift, class_mask, index, mass, places)
     return _unpacked(axis, moment, arguments, _row_sums(axis, moment, *arguments))
 
 
 def _unpacked(axis: int, moment: bool, arguments: Any, packed: Any) -> RowSums:
-    _, _, shift, _, (apart, target), mass = arguments
+    _, _, shift, _, (apart, target), mass, places = arguments
+    has_mass = mass is not None or places is not None
     asked = RowSums(
         left=_zero_if(apart is not None),
         others=_zero_if(shift is not None),
         moment=_zero_if(moment),
         target=_zero_if(target is not None),
-        left_mass=_zero_if(keeps_mass_apart(shift, mass)),
-        mass=_zero_if(mass is not None),
-        mass_logit=_zero_if(mass is not None),
+        left_mass=_zero_if(keeps_mass_apart(shift, mass, places)),
+        mass=_zero_if(has_mass),
+        mass_logit=_zero_if(has_mass),
     )
     sums: RowSums = _xla.unpacked(jax.tree.structure(asked), packed, axis)
     return sums
@@ -104,9 +109,10 @@ def _zero_if(asked: bool) -> int | None:
     return 0 if asked else None
 
 
-def keeps_mass_apart(shift: Any, mass: TargetMass | None) -> bool:
+def keeps_mass_apart(shift: Any, mass: TargetMass | None, places: Places | None) -> bool:
     """Return whether the sums have the mass of the class apart by itself: not beside an index."""
-    return shift is not None and mass is not None and mass.probabilities is not None
+    has_probabilities = mass is not None and mass.probabilities is not None
+    return shift is not None and (has_probabilities or places is not None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -123,7 +129,7 @@ def _row_sums_fwd(axis: int, moment: bool, *arguments: Any) -> tuple[Any, Any]:
 def _packed_sums(axis: int, moment: bool, form: str, x: Array, *rest: Any) -> Any:
     one_loop = functools.partial(_in_one_loop, axis, moment)
     one_by_one = functools.partial(set_sums, axis, moment, form=form)
-    _, shift, _, (apart, _), mass = rest
+    _, shift, _, (apart, _), mass, _ = rest
     several = mass is not None or (shift is not None and (moment or apart is not None))
     if several:
         sums = _xla.in_one_loop(axis, mass is not None, one_loop, one_by_one, x, *rest)
@@ -134,7 +140,7 @@ def _packed_sums(axis: int, moment: bool, form: str, x: Array, *rest: Any) -> An
 
 def _form(axis: int, arguments: Any, with_gradient: bool) -> str:
     """How a CPU sums up the exponentials."""
-    x, *_, mass = arguments
+    x, *_, mass, _ = arguments
     may_keep = with_gradient and mass is None
     return _xla.sum_form(axis, x, may_keep, mass is not None, _is_smoothing(mass))
 
@@ -153,6 +159,7 @@ def set_sums(
     class_mask: Any,
     index: tuple[Any, Any],
     mass: TargetMass | None,
+    places: Places | None,
     form: str | None = None,
 ) -> RowSums:
     """Return the sums of a set of classes; an index outside of [0, C) is that of another set.
@@ -165,7 +172,7 @@ def set_sums(
     others: Any = None
     centred: Any = None
     if shift is not None:
-        form = "masked" if moment else form or _form(axis, (x, mass), False)
+        form = "masked" if moment else form or _form(axis, (x, mass, None), False)
         functions = centre, centre_at, exponentials
         left, others = _xla.apart_and_others(
             axis, form, functions, x, class_mask, shift, transform, apart
@@ -188,7 +195,7 @@ def set_sums(
         sums = sums._replace(
             mass=_xla.sum_classes(axis, q), mass_logit=_xla.sum_classes(axis, product(q, centred))
         )
-        if keeps_mass_apart(shift, mass) and apart is not None:
+        if keeps_mass_apart(shift, mass, places) and apart is not None:
             left_mass = mass.at(apart, axis, class_mask).astype(q.dtype)
             left_mass = jnp.where(_xla.is_inside(apart, axis, x), left_mass, 0)
             sums = sums._replace(
@@ -196,6 +203,8 @@ def set_sums(
                 mass=sums.mass - left_mass,
                 mass_logit=sums.mass_logit - product(left_mass, left),
             )
+    if places is not None:
+        sums = add_places(sums, axis, transform, x, shift, class_mask, apart, places)
     return sums
 
 
@@ -208,12 +217,13 @@ def _in_one_loop(
     class_mask: Any,
     index: tuple[Any, Any],
     mass: TargetMass | None,
+    places: Places | None,
 ) -> RowSums:
     """Return what `set_sums` does, all sums in one loop over few classes."""
     apart, target = index
     centred = centre(transform, x, shift, class_mask)
     is_apart: Any = None if apart is None else _xla.one_hot(apart, x, axis)
-    taken_out = _form(axis, (x, mass), False) == "taken out"
+    taken_out = _form(axis, (x, mass, None), False) == "taken out"
     exps: Any = None
     if shift is not None:
         exps = exponentials(transform, x, shift, class_mask)
@@ -224,7 +234,7 @@ def _in_one_loop(
     if mass is not None:
         q = without_infinite_derivative(mass.values(class_mask), centred)
         mass_logit = product(q, centred)
-        if keeps_mass_apart(shift, mass):
+        if keeps_mass_apart(shift, mass, places):
             left_mass = jnp.where(is_apart, q, 0)
             mass_logit = jnp.where(is_apart, 0, mass_logit)
             q = jnp.where(is_apart, 0, q)
@@ -241,11 +251,15 @@ def _in_one_loop(
         sums = sums._replace(left=jnp.where(_xla.is_inside(apart, axis, x), sums.left, -jnp.inf))
         if taken_out:
             sums = sums._replace(others=sums.others - finite_exp(sums.left))
-    return sums if q is None else sums._replace(mass=_xla.sum_classes(axis, q))
+    if q is not None:
+        sums = sums._replace(mass=_xla.sum_classes(axis, q))
+    if places is not None:
+        sums = add_places(sums, axis, transform, x, shift, class_mask, apart, places)
+    return sums
 
 
 def _row_sums_bwd(axis: int, moment: bool, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
-    x, transform, shift, class_mask, index, mass = arguments
+    x, transform, shift, class_mask, index, mass, places = arguments
     x = _xla.computed_again(
         axis, x, mass is not None, _is_smoothing(mass), not transform.is_identity
     )
@@ -255,11 +269,12 @@ def _row_sums_bwd(axis: int, moment: bool, arguments: Any, cotangents: Any) -> t
     if mass is not None:
         q, pull = jax.vjp(lambda mass: mass.values(class_mask), mass)
     masked = _form(axis, arguments, True) == "masked"
-    d_x, d_transform, d_q = row_gradients(
-        axis, transform, x, shift, class_mask, index, q, cotangents, masked
+    gradients = row_gradients(
+        axis, transform, x, shift, class_mask, index, q, cotangents, x.dtype, places, masked
     )
-    d_mass = None if pull is None else pull(d_q)[0]
-    return d_x.astype(x.dtype), d_transform, None, None, None, d_mass
+    d_mass = None if pull is None else pull(gradients.mass)[0]
+    d_places = None if places is None else Places(None, gradients.places)
+    return gradients.x, gradients.transform, None, None, None, d_mass, d_places
 
 
 _row_sums.defvjp(_row_sums_fwd, _row_sums_bwd)

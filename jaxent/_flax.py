@@ -34,6 +34,7 @@ from ._arguments import (
     ArrayOrList,
     DotGeneral,
     Reduction,
+    TargetsLike,
     check_axis,
     check_reduction,
     read_bool_mask,
@@ -209,7 +210,7 @@ class NLLLoss(_Loss):
         self.class_axis_name = class_axis_name
 
     def __call__(
-        self, log_probs: ArrayOrList, targets: ArrayOrList, **keywords: Unpack[NLLKeywords]
+        self, log_probs: ArrayOrList, targets: TargetsLike, **keywords: Unpack[NLLKeywords]
     ) -> Array:
         """Return the loss.
 
@@ -271,7 +272,7 @@ class CrossEntropyLoss(_Loss):
     def __call__(
         self,
         logits: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: Literal[True],
         **keywords: Unpack[CrossEntropyKeywords],
@@ -280,7 +281,7 @@ class CrossEntropyLoss(_Loss):
     def __call__(
         self,
         logits: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: Literal[False] = ...,
         **keywords: Unpack[CrossEntropyKeywords],
@@ -288,7 +289,7 @@ class CrossEntropyLoss(_Loss):
     def __call__(
         self,
         logits: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: bool = False,
         **keywords: Unpack[CrossEntropyKeywords],
@@ -367,7 +368,7 @@ class LinearCrossEntropyLoss(_Loss):
         self,
         hidden: ArrayOrList,
         kernel: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: Literal[True],
         **keywords: Unpack[LinearCrossEntropyKeywords],
@@ -377,7 +378,7 @@ class LinearCrossEntropyLoss(_Loss):
         self,
         hidden: ArrayOrList,
         kernel: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: Literal[False] = ...,
         **keywords: Unpack[LinearCrossEntropyKeywords],
@@ -386,7 +387,7 @@ class LinearCrossEntropyLoss(_Loss):
         self,
         hidden: ArrayOrList,
         kernel: ArrayOrList,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: bool = False,
         **keywords: Unpack[LinearCrossEntropyKeywords],

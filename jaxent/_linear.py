@@ -24,11 +24,12 @@ from ._arguments import (
     ArrayOrList,
     DotGeneral,
     Reduction,
+    TargetsLike,
     check_head_targets,
     check_product,
     check_reduction,
     check_return_stats,
-    is_float,
+    is_of_all_classes,
     read_array,
     read_bias,
     read_chunk_size,
@@ -81,7 +82,7 @@ class HeadOptions:
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     return_stats: Literal[True],
     **keywords: Unpack[LinearCrossEntropyKeywords],
@@ -90,7 +91,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     return_stats: Literal[False] = ...,
     **keywords: Unpack[LinearCrossEntropyKeywords],
@@ -99,7 +100,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -157,7 +158,8 @@ def linear_cross_entropy(
       hidden: hidden states, float, (..., D); any leading shape, none too.
       kernel: float, (D, C), as in `flax.nnx.Linear`; (C, D) with `class_axis=0`, as in an
         embedding.
-      targets: class indices, integers, (...); or class probabilities, float, (..., C).
+      targets: class indices, integers, (...); or class probabilities, float, (..., C); or
+        `jaxent.SparseTargets`, the probabilities of few classes, (..., K).
       bias: float, (C,).
       class_axis: the kernel's axis of classes.
       dtype: of the matmuls' operands; by default that of `hidden` and `kernel`, promoted, float8
@@ -300,7 +302,11 @@ def rows_of_head(
         target, here = fixed.target, None
         if target is not None:
             here = local_index(target, num_classes, names)
-        shift, sums, best = head_sums(fitted, head, fixed._replace(target=here), sample_weight)
+        places = fixed.places
+        if places is not None:
+            places = local_index(places, num_classes, names)
+        fixed = fixed._replace(target=here, places=places)
+        shift, sums, best = head_sums(fitted, head, fixed, sample_weight)
         index: tuple[Array | None, Array | None] = target, None
         own: tuple[Array | None, Array | None] = here, None
         if best is not None:
@@ -316,7 +322,8 @@ def rows_of_head(
 
 
 def _fixed(rows: Targets, softcap: Any) -> Fixed:
-    return Fixed(rows.class_mask, rows.index, rows.uncounted, softcap)
+    places = None if rows.places is None else rows.places.index
+    return Fixed(rows.class_mask, rows.index, rows.uncounted, softcap, places)
 
 
 def _total(
@@ -326,8 +333,7 @@ def _total(
     if reduction == "mean":
         totals = psum([jnp.sum(rows.denominator), jnp.sum(rows.sample_weight)], layout.examples)
         divisors = [jnp.where(total == 0, 1, total) for total in totals]
-    floats = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
-    rest = head[2:], Weights(floats, given.z_loss, divisors), _fixed(rows, given.softcap)
+    rest = head[2:], Weights(rows.weights(), given.z_loss, divisors), _fixed(rows, given.softcap)
 
     def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, Any]:
         others, floats, fixed = jax.tree.map(_flatten_tokens, rest)
@@ -406,7 +412,8 @@ def read_head(
     given = read_given("logits", shape, len(shape) - 1, targets, ignored, **keywords)
     bias = read_bias(bias, num_classes)
     layout = read_layout(hidden, kernel, class_axis, axis_name, class_axis_name, width_axis_name)
-    tables = is_float(targets) or (given.class_mask is not None and given.class_mask.ndim > 1)
+    mask = given.class_mask
+    tables = is_of_all_classes(targets) or (mask is not None and mask.ndim > 1)
     some_uncounted = given.ignore_index is not None or given.sample_weight is not None
     gathered: Names = ()
     if layout.mesh is None and not in_shard_map(layout.width):
@@ -447,8 +454,11 @@ def _make_head(
     shape = (*hidden.shape[:-1], num_classes)
     classes = layout.classes if layout.mesh is None else ()
     rows = make_targets(len(shape) - 1, shape, wide, given, classes)
+    if layout.mesh is not None and layout.classes:
+        rows = rows.unlike_classes(num_classes)
     finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
     hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
     if bias is not None:
         bias = along(-1, hidden.ndim, bias.astype(wide))
-    return Head(hidden, kernel, bias, rows.mass, given.transform(wide).scale), rows
+    places = None if rows.places is None else rows.places.mass
+    return Head(hidden, kernel, bias, rows.mass, given.transform(wide).scale, places), rows

@@ -16,7 +16,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 
 from ._arguments import (
-    ArrayOrList,
+    TargetsLike,
     describe,
     read_class_mask,
     read_dot_general,
@@ -92,7 +92,7 @@ class LinearHead(nnx.Linear):
     def loss(
         self,
         hidden: Array,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: Literal[True],
         **keywords: Unpack[LinearCrossEntropyKeywords],
@@ -101,7 +101,7 @@ class LinearHead(nnx.Linear):
     def loss(
         self,
         hidden: Array,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: Literal[False] = ...,
         **keywords: Unpack[LinearCrossEntropyKeywords],
@@ -109,7 +109,7 @@ class LinearHead(nnx.Linear):
     def loss(
         self,
         hidden: Array,
-        targets: ArrayOrList,
+        targets: TargetsLike,
         *,
         return_stats: bool = False,
         **keywords: Unpack[LinearCrossEntropyKeywords],

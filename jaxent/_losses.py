@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from ._arguments import (
     ArrayOrList,
     Reduction,
+    TargetsLike,
     check_reduction,
     check_return_stats,
     read_axis,
@@ -120,7 +121,7 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
     finite = None if class_mask is None else read_existing(class_mask, axis, classes)[0]
     shift, top, own = row_max(axis, Transform(), x, finite, with_class=True)
     best, here = combine_argmax(top, own, x.shape[axis], classes)
-    sums = row_sums(axis, Transform(), x, shift, finite, (own, None), None)
+    sums = row_sums(axis, Transform(), x, shift, finite, (own, None), None, None)
     shift, sums = combine_shards(shift, sums, (best, None), (here, None), False, classes)
     shift, normalizer, best_loss = once_per_row(
         (shift, log_total(sums.left, sums.others), surprise(sums.left, sums.others))
@@ -135,7 +136,7 @@ def _log_softmax(options: Options, logits: Array, class_mask: Array | None) -> A
 @public
 def nll(
     log_probs: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -193,7 +194,7 @@ def _nll(options: Options, log_probs: Array, given: Given) -> Array:
     axis, classes = options.axis, options.classes
     rows = make_targets(axis, log_probs.shape, compute_dtype(log_probs), given, classes)
     index, here = (rows.index, None), (rows.local_index, None)
-    sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass)
+    sums = row_sums(axis, Transform(), log_probs, None, None, here, rows.mass, rows.local_places)
     _, sums = combine_shards(None, sums, index, here, rows.uncounted, classes)
     return reduced_loss((rows, None, sums, None), None, options.reduction, options.examples)
 
@@ -201,7 +202,7 @@ def _nll(options: Options, log_probs: Array, given: Given) -> Array:
 @overload
 def cross_entropy(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     return_stats: Literal[True],
     **keywords: Unpack[CrossEntropyKeywords],
@@ -209,7 +210,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     return_stats: Literal[False] = ...,
     **keywords: Unpack[CrossEntropyKeywords],
@@ -217,7 +218,7 @@ def cross_entropy(
 @public
 def cross_entropy(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -256,7 +257,8 @@ def cross_entropy(
       targets: class indices, any integer dtype, the shape of the logits without the class
         axis; or class probabilities, float, the shape of the logits, taken as given. An
         index outside [0, C) that is not `ignore_index` gives NaN, in its loss and in its
-        gradient, which `jax_debug_nans` finds; `jaxent.check_targets` names it.
+        gradient, which `jax_debug_nans` finds; `jaxent.check_targets` names it. Or
+        `jaxent.SparseTargets`: the probabilities of few classes, which are never made dense.
       weight: class weights, (C,).
       ignore_index: targets equal to it do not count; None switches it off.
       reduction: "mean", "sum" or "none".
@@ -362,7 +364,15 @@ def rows_of_logits(options: Options, logits: Array, given: Given) -> Rows:
         whole, here = combine_argmax(top, best, logits.shape[axis], classes)
     target, target_here = (rows.index, rows.local_index) if stats else (None, None)
     sums = row_sums(
-        axis, transform, logits, shift, class_mask, (own, target_here), rows.mass, moment=stats
+        axis,
+        transform,
+        logits,
+        shift,
+        class_mask,
+        (own, target_here),
+        rows.mass,
+        rows.local_places,
+        moment=stats,
     )
     shift, sums = combine_shards(
         shift, sums, (whole, target), (here, target_here), rows.uncounted, classes

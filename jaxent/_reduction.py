@@ -1,9 +1,8 @@
 """What comes of the rows' sums: each example's loss, its reduction, and its statistics."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +76,7 @@ def reduced_loss(found: Rows, z_loss: Any, reduction: Reduction, examples: Names
 
     rows, shift, sums, prediction = found
     is_prediction = None if sums.target is None else prediction == rows.index
-    rows = dataclasses.replace(rows, class_mask=None, index=None, local_index=None, mass=None)
-    values = rows, None if z_loss is None else shift, sums, is_prediction
+    values = rows.weights(), None if z_loss is None else shift, sums, is_prediction
     rows, shift, sums, is_prediction = jax.tree.map(squeeze, values)
     return reduce(loss_terms(rows, z_loss, shift, sums, is_prediction), reduction, examples)
 
@@ -158,9 +156,10 @@ def token_stats_of(
     rows, shift, sums, prediction = found
     counted, target, of_target = ~rows.uncounted, rows.index, sums
     if target is None:
-        target = _most_probable(given.targets, rows.axis, classes)
+        plain = rows
         if given.weight is not None or given.label_smoothing is not None:
-            _, _, of_target, _ = rows_of(given._replace(weight=None, label_smoothing=None))
+            plain, _, of_target, _ = rows_of(given._replace(weight=None, label_smoothing=None))
+        target = _most_probable(plain, classes)
     # The sums, not what comes of them, whose derivatives would be 0 * inf.
     shift, sums = jnp.where(counted, shift, 0), sums.blank(~counted)
     of_target = of_target.blank(~counted)
@@ -169,7 +168,8 @@ def token_stats_of(
         loss = _loss_of_mass(of_target)
     else:
         loss = _surprise_of_target(of_target, is_prediction)
-        loss *= 1 + nan_where((target < 0) & counted, loss.dtype)
+    if rows.outside is not None:
+        loss *= 1 + nan_where(rows.outside, loss.dtype)
     stats = TokenStats(
         log_prob=jnp.where(counted, -loss, 0),
         log_normalizer=shift + log_total(sums.left, sums.others),
@@ -182,6 +182,14 @@ def token_stats_of(
     return squeezed
 
 
-def _most_probable(probabilities: Array, axis: int, classes: Names) -> Array:
-    _, largest, best = row_max(axis, Transform(), probabilities, None, with_class=True)
-    return combine_argmax(largest, best, probabilities.shape[axis], classes)[0]
+def _most_probable(rows: Targets, classes: Names) -> Array:
+    """Return the class of the largest probability, the first of equals; -1 if one is nowhere."""
+    if rows.places is None:
+        probabilities: Any = rows.mass and rows.mass.probabilities
+        _, largest, best = row_max(rows.axis, Transform(), probabilities, None, with_class=True)
+        return combine_argmax(largest, best, probabilities.shape[rows.axis], classes)[0]
+    index, mass, outside = *rows.places, cast(Array, rows.outside)
+    mass = jnp.where(index < 0, -jnp.inf, jax.lax.stop_gradient(mass))
+    largest = mass == jnp.max(mass, rows.axis, keepdims=True)
+    index = jnp.where(largest & (index >= 0), index, jnp.iinfo(jnp.int32).max)
+    return jnp.where(outside, -1, jnp.min(index, rows.axis, keepdims=True))

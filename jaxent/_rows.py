@@ -31,7 +31,15 @@ from jax import Array
 
 from ._axes import Names, first_class, local_index, psum
 from ._numerics import blank_uncounted, compute_dtype, finite_exp, safe_multiply, safe_value
-from ._xla import class_numbers, one_hot, others_mask, take_class, zeros_like
+from ._xla import (
+    class_numbers,
+    is_inside,
+    one_hot,
+    put_at_class,
+    sum_classes,
+    take_class,
+    zeros_like,
+)
 
 
 class Transform(NamedTuple):
@@ -203,6 +211,13 @@ def _without_infinite_derivative_jvp(primals: Any, tangents: Any) -> tuple[Array
     return without_infinite_derivative(q, centred), jnp.where(lost, 0, dq.astype(centred.dtype))
 
 
+class Places(NamedTuple):
+    """Few classes of each row with their target mass: arrays (..., K, ...)."""
+
+    index: Any  # int32, each class once at most; of one that x lacks the mass lies elsewhere
+    mass: Any
+
+
 class RowSums(NamedTuple):
     """Sums of rows, arrays (..., 1, ...), or their cotangents; None for those not asked for."""
 
@@ -369,10 +384,49 @@ def entropy(sums: RowSums) -> Array:
     return surprise(sums.left, sums.others) - relative / total(sums.left, sums.others)
 
 
+def add_places(
+    sums: RowSums,
+    axis: int,
+    transform: Transform,
+    x: Array,
+    shift: Any,
+    class_mask: Any,
+    apart: Any,
+    places: Places,
+) -> RowSums:
+    """Return the sums with those of a target mass at few classes, of which x may lack some."""
+    inside = is_inside(places.index, axis, x)
+    centred = centre_at(transform, x, shift, class_mask, places.index, axis)
+    q = without_infinite_derivative(jnp.where(inside, places.mass, 0), centred)
+    by_logit = jnp.where(inside, product(q, centred), 0)
+    if apart is not None:
+        is_apart = places.index == apart
+        left_mass = sum_classes(axis, jnp.where(is_apart, q, 0))
+        sums = sums._replace(left_mass=_sum(sums.left_mass, left_mass))
+        q, by_logit = (jnp.where(is_apart, 0, term) for term in (q, by_logit))
+    return sums._replace(
+        mass=_sum(sums.mass, sum_classes(axis, q)),
+        mass_logit=_sum(sums.mass_logit, sum_classes(axis, by_logit)),
+    )
+
+
+def _sum(a: Any, b: Array) -> Array:
+    return b if a is None else a + b
+
+
 def is_finite(sums: RowSums) -> Array:
     """Return where sums are finite: then the logarithm of the total is."""
     finite = [jnp.isfinite(x) for x in sums if x is not None]
     return functools.reduce(jnp.logical_and, finite)
+
+
+class RowGradients(NamedTuple):
+    """Gradients of a loss; None for what is not there."""
+
+    x: Any
+    transform: Any
+    mass: Any  # of the classes
+    places: Any = None  # of the mass at few classes
 
 
 def row_gradients(
@@ -384,47 +438,100 @@ def row_gradients(
     index: tuple[Any, Any],
     q: Any,
     cotangents: RowSums,
+    dtype: Any,
+    places: Places | None = None,
     masked: bool = True,
-) -> tuple[Array, Transform, Any]:
+) -> RowGradients:
     """Return the gradients of a loss with respect to logits, transform and target mass.
 
     `index` is of the class apart and of the target, relative to x; `cotangents` are the gradients
-    with respect to the sums. `masked` says whether the forward pass made exponentials that are 0
-    for the class apart, for XLA to find the same here; nothing else depends on it.
+    with respect to the sums, `dtype` is that of the logits' gradient. `masked` says
+    whether the forward pass made exponentials that are 0 for the class apart, for XLA to find the
+    same here; nothing else depends on it.
     """
     apart, target = index
+    is_target = None if target is None else one_hot(target, x, axis)
+    is_apart = None if apart is None else one_hot(apart, x, axis)
+    d_z, d_q = _logit_gradients(
+        transform, x, shift, class_mask, is_apart, is_target, q, cotangents, masked
+    )
+    d_x, d_transform = transform.gradients(x, d_z)
+    d_x = d_x.astype(dtype)
+    if places is None:
+        return RowGradients(d_x, d_transform, d_q)
+
+    # The rows of few classes, as if there were no others.
+    at = places.index
+    inside = is_inside(at, axis, x)
+    mask = None if class_mask is None else take_class((class_mask,), at, axis, jnp.float32) > 0
+    few, is_apart = take_class((x,), at, axis), None if apart is None else at == apart
+    if q is not None and q.ndim:
+        q = take_class((q,), at, axis)
+    d_z, _ = _logit_gradients(transform, few, shift, mask, is_apart, None, q, cotangents, masked)
+    mass = jnp.where(inside, places.mass, 0)
+    d_own, d_mass = _mass_gradients(mass, centre(transform, few, shift, mask), is_apart, cotangents)
+    if is_apart is not None:
+        d_own = jnp.where(is_apart, 0, d_own)
+    if mask is not None:
+        d_own = jnp.where(mask, d_own, 0)
+    d_few, _ = transform.gradients(few, d_z + d_own)
+    _, d_own_transform = transform.gradients(few, d_own)
+    d_x = put_at_class(d_x, at, d_few.astype(dtype), axis)
+    d_transform = jax.tree.map(jnp.add, d_transform, d_own_transform)
+    return RowGradients(d_x, d_transform, d_q, jnp.where(inside, d_mass, 0))
+
+
+def _logit_gradients(
+    transform: Transform,
+    x: Array,
+    shift: Any,
+    class_mask: Any,
+    is_apart: Any,
+    is_target: Any,
+    q: Any,
+    cotangents: RowSums,
+    masked: bool,
+) -> tuple[Array, Any]:
+    """Return the gradients of z and of the target mass q."""
     centred = centre(transform, x, shift, class_mask)
     # Zeros of the logits' sharding, which an explicit mesh wants a gradient to have.
     d_z: Any = zeros_like(centred) if shift is None else 0
-    d_q = None
+    d_q: Any = None
+    by_mass: Any = None
     if shift is not None:
-        mask = others_mask(apart, x, axis, class_mask) if masked else class_mask
+        mask = class_mask
+        if masked:
+            mask = ~is_apart if class_mask is None else class_mask & ~is_apart
         exps = exponentials(transform, x, shift, mask)
         d_z += _scaled(cotangents.others, exps)
         if cotangents.moment is not None:
             d_z += _scaled(cotangents.moment, exps + product(exps, centred))
-
-    def by_mass(d_z: Array, q: Array) -> tuple[Array, Array]:
-        # Its own sums: q broadcasts, and has no derivative where it meets an infinite loss.
-        q, unspread = jax.vjp(lambda q: without_infinite_derivative(q, centred), q)
-        d_mass_logit = cotangents.mass_logit
-        d_z += d_mass_logit * blank_uncounted(d_mass_logit, q)
-        by_logit = blank_uncounted(d_mass_logit, safe_value(q, centred))
-        d_q = cotangents.mass + d_mass_logit * by_logit
+    if q is not None:
+        by_mass, d_q = _mass_gradients(q, centred, is_apart, cotangents)
         if cotangents.left_mass is not None:
-            d_q = jnp.where(one_hot(apart, x, axis), cotangents.left_mass, d_q)
-        return d_z, unspread(d_q)[0]
-
-    if q is not None and cotangents.left_mass is not None:
-        d_z, d_q = by_mass(d_z, q)
-    if apart is not None:
+            d_z += by_mass
+    if is_apart is not None:
         if shift is None:
             d_z += 0 * cotangents.left  # the NaN of an index out of range reaches its whole row
-        d_z = jnp.where(one_hot(apart, x, axis), cotangents.left, d_z)
+        d_z = jnp.where(is_apart, cotangents.left, d_z)
     if q is not None and cotangents.left_mass is None:
-        d_z, d_q = by_mass(d_z, q)
-    if target is not None:
-        d_z += jnp.where(one_hot(target, x, axis), cotangents.target, 0 * cotangents.target)
+        d_z += by_mass
+    if is_target is not None:
+        d_z += jnp.where(is_target, cotangents.target, 0 * cotangents.target)
     if class_mask is not None:
         d_z = jnp.where(class_mask, d_z, 0)
-    return *transform.gradients(x, d_z), d_q
+    return d_z, d_q
+
+
+def _mass_gradients(
+    q: Array, centred: Array, is_apart: Any, cotangents: RowSums
+) -> tuple[Array, Array]:
+    """Return the gradients of z, where no class is apart, and of q, that its own sums have."""
+    # q broadcasts, and has no derivative where it meets an infinite loss.
+    q, unspread = jax.vjp(lambda q: without_infinite_derivative(q, centred), q)
+    d_mass_logit = cotangents.mass_logit
+    by_logit = blank_uncounted(d_mass_logit, safe_value(q, centred))
+    d_q = cotangents.mass + d_mass_logit * by_logit
+    if cotangents.left_mass is not None:
+        d_q = jnp.where(is_apart, cotangents.left_mass, d_q)
+    return d_mass_logit * blank_uncounted(d_mass_logit, q), unspread(d_q)[0]

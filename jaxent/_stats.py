@@ -13,7 +13,14 @@ import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ._arguments import ArrayOrList, DotGeneral, read_class_axis, read_index_targets, read_logits
+from ._arguments import (
+    ArrayOrList,
+    DotGeneral,
+    TargetsLike,
+    read_class_axis,
+    read_logits,
+    read_targets,
+)
 from ._axes import AxisName, read_axis_names
 from ._calls import compiled, public
 from ._linear import HeadOptions, read_head, rows_of_head, stats_of_head
@@ -21,13 +28,11 @@ from ._losses import Options, rows_of_logits, stats_of_logits
 from ._reduction import TokenStats
 from ._targets import Given, read_given
 
-WANTED = "the statistics are of one class a token, given as an index"
-
 
 @public
 def token_stats(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     ignore_index: int | None = -100,
     axis: int | None = None,
@@ -54,7 +59,9 @@ def token_stats(
 
     Args:
       logits: float array, (..., C, ...). Half precision is computed in float32.
-      targets: class indices, integers, the shape of the logits without the class axis.
+      targets: class indices, class probabilities or `jaxent.SparseTargets`, as in
+        `jaxent.cross_entropy`. Of probabilities q, `log_prob` is :math:`\sum_c q_c \log p_c`, the
+        negative cross-entropy, and `correct` whether the prediction is the most probable of q.
       ignore_index, axis, class_mask, logit_scale, softcap, class_axis_name: as in
         `jaxent.cross_entropy`.
 
@@ -74,7 +81,7 @@ def token_stats(
       (Array([2., 2.], dtype=float32), Array([ True, False], dtype=bool))
     """
     x = read_logits(logits, "logits", targets)
-    y, ignored = read_index_targets(targets, ignore_index, WANTED)
+    y, ignored = read_targets(targets, ignore_index)
     axis = read_class_axis(axis, x, y, "logits")
     given = read_given(
         "logits",
@@ -99,7 +106,7 @@ def _token_stats(options: Options, logits: Array, given: Given) -> TokenStats:
 def linear_token_stats(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -123,7 +130,7 @@ def linear_token_stats(
       hidden, kernel, bias, class_axis, dtype, precision, dot_general, chunk_size, ignore_index,
         class_mask, logit_scale, softcap, axis_name, class_axis_name, width_axis_name: as in
         `jaxent.linear_cross_entropy`.
-      targets: class indices, integers, (...).
+      targets: as in `token_stats`, with logits (..., C).
 
     Returns:
       As `token_stats`, arrays of shape (...).
@@ -138,7 +145,6 @@ def linear_token_stats(
       >>> stats.log_prob.round(4), stats.prediction
       (Array([-1.0986,     nan], dtype=float32), Array([0, 0], dtype=int32))
     """
-    read_index_targets(targets, ignore_index, WANTED)
     plan, layout, h, k, b, given = read_head(
         hidden,
         kernel,

@@ -21,11 +21,12 @@ from ._arguments import (
     ArrayOrList,
     DotGeneral,
     Reduction,
+    TargetsLike,
     check_head_targets,
     check_product,
     check_reduction,
     check_return_stats,
-    is_float,
+    is_of_all_classes,
     read_array,
     read_axis,
     read_bias,
@@ -48,7 +49,7 @@ from ._arguments import (
 from ._axes import AxisName, read_axis_names
 from ._calls import public
 from ._reduction import TokenStats
-from ._stats import WANTED
+from ._sparse import SparseTargets
 
 
 class _Examples(NamedTuple):
@@ -60,6 +61,7 @@ class _Examples(NamedTuple):
     sample_weight: Array  # (...), s: 0 for what is not counted
     target_weight: Array  # (...), s * w_y, or s: what the mean divides by
     nan: Array  # (...), NaN for an index out of range, else 1
+    places: Any = None  # of sparse targets, (..., K, C), one-hot: 0 where a place is empty
 
 
 @public
@@ -86,7 +88,7 @@ def log_softmax(
 @public
 def nll(
     log_probs: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -102,8 +104,11 @@ def nll(
     _check_whole(log_p, axis_name=axis_name, class_axis_name=class_axis_name)
     e = _examples(log_p, axis, targets, ignored, weight, sample_weight, None, "log_probs")
     log_p = jnp.moveaxis(log_p, axis, -1).astype(e.weight.dtype)
-    if not is_float(targets):
-        log_p = jnp.where(e.target == 0, 0, log_p)  # an index reads its own class alone
+    # An index reads its own class alone.
+    if e.places is not None:
+        log_p = jnp.where(jnp.all(e.places == 0, -2), 0, log_p)
+    elif not is_of_all_classes(targets):
+        log_p = jnp.where(e.target == 0, 0, log_p)
 
     def terms(lost: Array) -> Any:
         return _cross(e, e.target, jnp.where(lost[..., None], 0, log_p)), 0
@@ -115,7 +120,7 @@ def nll(
 @public
 def cross_entropy(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     weight: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -145,7 +150,7 @@ def cross_entropy(
 def linear_cross_entropy(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -181,7 +186,7 @@ def linear_cross_entropy(
 @public
 def token_stats(
     logits: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     ignore_index: int | None = -100,
     axis: int | None = None,
@@ -191,7 +196,6 @@ def token_stats(
     class_axis_name: AxisName = None,
 ) -> TokenStats:
     """Return log p_y, lse, -sum_c p_c log p_c, argmax_c p_c and whether it is y."""
-    read_index_targets(targets, ignore_index, WANTED)
     x, axis, targets, ignored = _read(logits, targets, ignore_index, axis, "logits")
     _check_whole(x, class_axis_name=class_axis_name)
     e = _examples(x, axis, targets, ignored, None, None, class_mask, "logits")
@@ -202,7 +206,7 @@ def token_stats(
 def linear_token_stats(
     hidden: ArrayOrList,
     kernel: ArrayOrList,
-    targets: ArrayOrList,
+    targets: TargetsLike,
     *,
     bias: ArrayOrList | None = None,
     class_axis: int = -1,
@@ -219,7 +223,6 @@ def linear_token_stats(
     width_axis_name: AxisName = None,
 ) -> TokenStats:
     """Return the statistics of hidden @ kernel + bias."""
-    read_index_targets(targets, ignore_index, WANTED)
     names = axis_name, class_axis_name, width_axis_name
     x, e = _read_head(
         hidden, kernel, targets, bias, class_axis, dtype, precision, dot_general, chunk_size,
@@ -294,7 +297,10 @@ def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> Toke
     log_p, lse = _log_softmax(logits(~counted))
     p = jnp.exp(log_p)
     prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1)
-    is_target = (prediction == jnp.argmax(e.target, -1)) & ~jnp.isnan(e.nan)
+    mass = e.target
+    if e.places is not None:  # the most probable of those given, whatever the others' 0
+        mass = jnp.where(jnp.any(e.places != 0, -2), mass, -jnp.inf)
+    is_target = (prediction == jnp.argmax(mass, -1)) & ~jnp.isnan(e.nan)
     return TokenStats(
         log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
         log_normalizer=jnp.where(counted, lse, 0),
@@ -417,10 +423,12 @@ def _examples(
     mask = _class_mask(class_mask, x.shape, axis, name)
     has_class = jnp.any(mask, -1)
     mask, s = mask | ~has_class[..., None], jnp.where(has_class, s, 0)
-    if is_float(targets):
+    if is_of_all_classes(targets):
         t = jnp.moveaxis(jnp.asarray(targets), axis, -1).astype(dtype)
         t = _blank_uncounted(s[..., None], t)
         return _Examples(mask, t, w, s, s, jnp.ones_like(s))
+    if isinstance(targets, SparseTargets):
+        return _sparse_examples(mask, w, s, targets, ignored)
     index, is_ignored = _index(targets, ignored, num_classes)
     outside = index < 0
     s = jnp.where(is_ignored | outside & (s == 0), 0, s)
@@ -428,6 +436,21 @@ def _examples(
     w_y = jnp.where(outside, 1, jnp.sum(_weighted(t, w, s), -1))
     nan = _nan_where(outside & (s != 0), dtype)
     return _Examples(mask, t + nan[..., None], w, s, s * w_y, 1 + nan)
+
+
+def _sparse_examples(
+    mask: Array, w: Array, s: Array, targets: SparseTargets, ignored: Any
+) -> _Examples:
+    """Make the dense targets that sparse ones stand for: t_c = sum_k p_k, over i_k = c."""
+    index, empty = _index(targets.indices, ignored, w.shape[-1])
+    outside = (index < 0) & ~empty
+    some_outside = jnp.any(outside, -1)
+    s = jnp.where(jnp.all(empty, -1) | some_outside & (s == 0), 0, s)
+    places = jax.nn.one_hot(jnp.where(empty, -1, index), w.shape[-1], dtype=s.dtype)
+    p = _blank_uncounted(s[..., None], jnp.asarray(targets.probabilities, s.dtype))
+    t = jnp.sum(places * jnp.where(empty | outside, 0, p)[..., None], -2)
+    nan = _nan_where(some_outside & (s != 0), s.dtype)
+    return _Examples(mask, t + nan[..., None], w, s, s, 1 + nan, places)
 
 
 def _index(targets: Any, ignored: Any, num_classes: int | None) -> tuple[Array, Array]:
@@ -449,7 +472,12 @@ def _class_mask(class_mask: Any, shape: tuple[int, ...], axis: int, name: str) -
 
 
 def _read(
-    logits: Any, targets: Any, ignore_index: Any, axis: int | None, name: str
+    logits: Any,
+    targets: Any,
+    ignore_index: Any,
+    axis: int | None,
+    name: str,
+    as_statistics: bool = False,
 ) -> tuple[Array, int, Any, Any]:
     """Return logits, the class axis, targets and the ignored one."""
     x = jnp.asarray(read_logits(logits, name, targets))

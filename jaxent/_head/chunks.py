@@ -11,7 +11,7 @@ from jax import Array
 
 from .._axes import Names, vary_like
 from .._numerics import compute_dtype
-from .._rows import RowSums, Transform, row_gradients
+from .._rows import Places, RowSums, Transform, row_gradients
 from .._targets import TargetMass
 from .._xla import add_slice, is_widened_on_cpu, slice_of_bits, take_slice, with_cpu_plan
 from .tokens import Blocks
@@ -49,11 +49,13 @@ class Head(NamedTuple):
     bias: Array | None  # (1, C)
     mass: TargetMass | None  # its arrays scalars, (N, 1), (1, C) or (N, C)
     scale: Any = None  # of the logits, a scalar
+    places: Any = None  # (N, K), the target mass at few classes; which they are is in Fixed
 
     def by_token(self, function: Any) -> "Head":
         """Return the head with what is of each token put through a function."""
         mass = None if self.mass is None else self.mass.by_token(function)
-        return self._replace(hidden=function(self.hidden), mass=mass)
+        places = None if self.places is None else function(self.places)
+        return self._replace(hidden=function(self.hidden), mass=mass, places=places)
 
 
 class Fixed(NamedTuple):
@@ -63,6 +65,7 @@ class Fixed(NamedTuple):
     target: Array | None = None  # int32, (N, 1), < 0 for none; None for no class indices
     uncounted: Any = False  # bool, (N, 1)
     softcap: Any = None
+    places: Array | None = None  # int32, (N, K), < 0 for none: the few classes that have mass
     best: Array | None = None  # int32, (N, 1): the most probable class, once it is known
 
     def by_token(self, function: Any) -> "Fixed":
@@ -71,7 +74,7 @@ class Fixed(NamedTuple):
             class_mask=_mask_by_token(self.class_mask, function),
             **{
                 name: function(value)
-                for name in ("target", "uncounted", "best")
+                for name in ("target", "uncounted", "places", "best")
                 if (value := getattr(self, name)) is not None
             },
         )
@@ -108,6 +111,11 @@ class Chunk(NamedTuple):
     def local_index(self, index: Array | None) -> Array | None:
         """Return the index relative to the chunk; outside of it for other chunks' classes."""
         return None if index is None else jnp.where(index >= self.first, index - self.start, -1)
+
+    def places(self, fixed: Fixed) -> Places | None:
+        """Return the few classes that have mass, relative to the chunk."""
+        index = self.local_index(fixed.places)
+        return None if index is None else Places(index, self.head.places)
 
 
 def _mask_by_token(mask: Array | None, function: Any) -> Array | None:
@@ -269,6 +277,7 @@ def zero_gradients(plan: Plan, head: Head) -> Head:
         bias=None if head.bias is None else wide(head.bias),
         mass=jax.tree.map(jnp.zeros_like, head.mass),
         scale=None if head.scale is None else wide(head.scale),
+        places=None if head.places is None else wide(head.places),
     )
     return vary_like(head.hidden, zeros)
 
@@ -287,8 +296,8 @@ def accumulate(
 ) -> Head:
     """Add a chunk's gradients to the whole's, of which it has a slice, or all.
 
-    The kernel's is written once, in its dtype, unless `add` is there to add it. Hidden's are left
-    to the caller where the part has none.
+    The kernel's is written once, in its dtype, unless `add` is there to add it. What is of each
+    token is left to the caller where the part has none.
     """
     num_classes = head.kernel.shape[plan.class_axis]
     kernel = part.kernel
@@ -313,7 +322,8 @@ def accumulate(
         mass = dataclasses.replace(columns, smoothing=smoothing)
     scale = None if total.scale is None else total.scale + part.scale
     hidden = total.hidden if part.hidden is None else total.hidden + part.hidden
-    return Head(hidden, kernel, bias, mass, scale)
+    places = total.places if part.places is None else total.places + part.places
+    return Head(hidden, kernel, bias, mass, scale, places)
 
 
 def chunk_gradients(
@@ -334,7 +344,7 @@ def chunk_gradients(
 
         q, pull = jax.vjp(values, head.mass)
     apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
-    d_logits, d_transform, d_q = row_gradients(
+    gradients = row_gradients(
         -1,
         transform_of(head, fixed),
         logits,
@@ -343,11 +353,15 @@ def chunk_gradients(
         (apart, target),
         q,
         around.cotangents,
+        logits.dtype,
+        chunk.places(fixed),
     )
+    d_logits = gradients.x
     d_hidden, d_kernel = pull_logits(d_logits)
     d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
-    d_mass = None if pull is None else pull(d_q)[0]
-    return Head(d_hidden, d_kernel, d_bias, d_mass, d_transform.scale)
+    d_mass = None if pull is None else pull(gradients.mass)[0]
+    scale = gradients.transform.scale
+    return Head(d_hidden, d_kernel, d_bias, d_mass, scale, gradients.places)
 
 
 def scatter_width(plan: Plan, gradients: Head) -> Head:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .._axes import AxisName, Names, flat_names, meshes, read_axis_names
+from .._sparse import SparseTargets
 
 
 class Layout(NamedTuple):
@@ -228,9 +229,12 @@ def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any)
         return list(arrays.values())
     logits = (*hidden.shape[:-1], num_classes)
 
-    def like_hidden(name: str, x: Array | None) -> Array | None:
+    def like_hidden(name: str, x: Any) -> Any:
         if x is None:
             return x
+        if isinstance(x, SparseTargets):
+            spec = P(*layout.of_part(logits[:-1], logits[:-1]), None)
+            return jax.tree.map(lambda part: _lay_out(layout.mesh, free, part, spec), x)
         whole = logits if x.ndim == len(logits) else logits[:-1]
         if x.ndim > len(whole) or (name == "class_mask" and len(whole) < len(logits)):
             return x

@@ -93,13 +93,13 @@ def unpack(plan: Plan, head: Head, fixed: Fixed, values: Any) -> tuple[Array, Ro
 def _sums_like(plan: Plan, head: Head, fixed: Fixed, value: Any) -> RowSums:
     """Return sums of this value, where they are asked for."""
     best = keeps_best_apart(plan, fixed)
-    mass = None if head.mass is None else value
+    mass = None if head.mass is None and head.places is None else value
     return RowSums(
         left=value,
         others=value,
         moment=value if plan.stats else None,
         target=value if best and fixed.target is not None else None,
-        left_mass=value if keeps_mass_apart(value, head.mass) else None,
+        left_mass=value if keeps_mass_apart(value, head.mass, head.places) else None,
         mass=mass,
         mass_logit=mass,
     )
@@ -207,19 +207,21 @@ def add_chunk(plan: Plan, rows: Rows, chunk: Chunk, fixed: Fixed, logits: Array)
         apart = first_best(z, -1)
         stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
         best = jnp.where(stays, chunk.start + apart, best)
-        if target is not None:  # that of a row without one stays 0, whatever the shift
+        if has_target is not None and fixed.target is not None:
+            # That of a row without one stays 0, whatever the shift.
             has_target |= fixed.target < 0
     else:
         apart, target, stays = target, None, has_target
     change = shift - jnp.maximum(shift, top)
     shift = jnp.maximum(shift, top)
-    part = _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
+    part = _chunk_sums(plan, chunk, fixed, logits, transform, shift, (apart, target))
     return shift, merge(sums.rebase(change), part, stays, has_target), best
 
 
 def _chunk_sums(
     plan: Plan,
     chunk: Chunk,
+    fixed: Fixed,
     logits: Array,
     transform: Transform,
     shift: Array,
@@ -228,7 +230,8 @@ def _chunk_sums(
     mass = chunk.head.mass
     if mass is not None:
         mass = chunk_mass(chunk, mass)
-    return set_sums(-1, plan.stats, logits, transform, shift, chunk.class_mask, index, mass)
+    places = chunk.places(fixed)
+    return set_sums(-1, plan.stats, logits, transform, shift, chunk.class_mask, index, mass, places)
 
 
 @streamed_sums.defjvp
@@ -247,7 +250,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed, Array], tangents: Any) -> 
         logits, _ = chunk_logits_and_pull(plan, chunk.head)
         apart, target = map(chunk.local_index, apart_and_target(plan, fixed))
         transform = transform_of(head, fixed)
-        return _chunk_sums(plan, chunk, logits, transform, shift, (apart, target))
+        return _chunk_sums(plan, chunk, fixed, logits, transform, shift, (apart, target))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(d_sums: RowSums, i: Array) -> tuple[RowSums, None]:
@@ -273,16 +276,18 @@ def _gradients_pass(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
     fixed = fixed.by_token(blocks.first)
 
     def step(total: Head, i: Array) -> tuple[Head, None]:
-        def turn(d_hidden: Array, around: Around, chunk: Chunk, fixed: Fixed) -> tuple[Array, Head]:
+        def turn(of_tokens: Any, around: Around, chunk: Chunk, fixed: Fixed) -> tuple[Any, Head]:
             part = chunk_gradients(plan, around, chunk, fixed)
             mass = part.mass
             if mass is not None:  # whose other arrays have no gradient
                 mass = dataclasses.replace(mass, sample_weight=None, share=None)
-            return d_hidden + part.hidden, part._replace(hidden=None, mass=mass)
+            of_tokens = jax.tree.map(jnp.add, of_tokens, (part.hidden, part.places))
+            return of_tokens, part._replace(hidden=None, mass=mass, places=None)
 
         chunk = read_chunk(plan, head, fixed, i)
-        d_hidden, part = blocks.run(turn, total.hidden, around, chunk, fixed)
-        total = total._replace(hidden=d_hidden)
+        of_tokens = total.hidden, total.places
+        (hidden, places), part = blocks.run(turn, of_tokens, around, chunk, fixed)
+        total = total._replace(hidden=hidden, places=places)
         return accumulate(plan, head, total, scatter_width(plan, part), chunk.start), None
 
     zeros = zero_gradients(plan, head)

@@ -27,6 +27,7 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         jaxent.linear_cross_entropy(logits, kernel, labels, precision="highest"),
         jaxent.next_token_targets(labels, segment_ids=[1, 1, 2, 2], ignore_index=0),
         jaxent.linear_cross_entropy(logits, kernel, labels, dot_general=product),
+        jaxent.cross_entropy(logits, jaxent.SparseTargets(labels[:, None], [[0.5]] * 4)),
         jaxent.total_weight(labels, sample_weight=labels != 0),
         jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
         # Until it is rewritten:
