@@ -207,7 +207,8 @@ def add_chunk(plan: Plan, rows: Rows, chunk: Chunk, fixed: Fixed, logits: Array)
         apart = first_best(z, -1)
         stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
         best = jnp.where(stays, chunk.start + apart, best)
-        if target is not None:  # that of a row without one stays 0, whatever the shift
+        if has_target is not None and fixed.target is not None:
+            # That of a row without one stays 0, whatever the shift.
             has_target |= fixed.target < 0
     else:
         apart, target, stays = target, None, has_target
