@@ -2,7 +2,7 @@
 
 ```python
 stats = jaxent.linear_token_stats(hidden, kernel, tokens)
-perplexity = jnp.exp(-stats.log_prob.mean())
+perplexity = jnp.exp(-stats.log_prob.sum() / stats.counted.sum())
 ratio = jnp.exp(stats.log_prob - old_log_prob)      # PPO, GRPO
 ```
 """

@@ -67,6 +67,23 @@ def test_a_recipe_is_short_and_has_a_test(page):
     assert f"test_{page}" in globals()
 
 
+def test_offline_distillation():
+    functions = recipe("offline_distillation")
+    teacher = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, C)), jnp.float32)
+    indices, probabilities = functions["top_k"](spoilt(teacher), COUNTED, 4)
+
+    def plain(hidden, kernel):
+        smallest_kept = jax.lax.top_k(teacher, 4)[0][..., -1:]
+        q = jax.nn.softmax(jnp.where(teacher >= smallest_kept, teacher, -jnp.inf))
+        losses = -jnp.sum(q * jax.nn.log_softmax(hidden @ kernel), -1)
+        return mean_of(losses, COUNTED)
+
+    def loss(hidden, kernel):
+        return functions["distillation_loss"](spoilt(hidden), kernel, indices, probabilities)
+
+    assert_same(loss, plain, HIDDEN, KERNEL)
+
+
 def spoilt(hidden, counted=COUNTED):
     """Hidden states that are NaN where nothing is counted."""
     return jnp.where(counted[..., None], hidden, jnp.nan)
