@@ -24,6 +24,7 @@ QUESTIONS = (
     "head_speed",
     "head_ignored",
     "head_memory",
+    "head_gpu",
     "sharded",
     "compile_time",
     "call_cost",

@@ -12,7 +12,7 @@ import functools
 import itertools
 
 import jaxent
-from jaxent import linear
+from jaxent import _linear
 from jaxent._forms import forced
 
 from .engine import Row, interleaved, number
@@ -55,7 +55,7 @@ def in_order(forward, hidden, kernel, targets):
 def chosen_order(arrays):
     """Whether jaxent would make the gradients forward."""
     hidden, kernel, targets = arrays
-    plan, layout, h, k, _, _ = linear.read_head(
+    plan, layout, h, k, _, _ = _linear.read_head(
         hidden,
         kernel,
         targets,
@@ -63,13 +63,14 @@ def chosen_order(arrays):
         class_axis=-1,
         dtype=None,
         precision=None,
+        dot_general=None,
         chunk_size=None,
         axis_name=None,
         class_axis_name=None,
         width_axis_name=None,
         ignore_index=-100,
     )
-    return linear.is_made_forward(plan, h, k, layout)
+    return _linear.is_made_forward(plan, h, k, layout)
 
 
 def alternatives(arrays, forward):
@@ -80,7 +81,7 @@ def alternatives(arrays, forward):
         side: functools.partial(jaxent.linear_cross_entropy, chunk_size=size)
         for side, size in sizes.items()
     }
-    if forward or 4 * kernel.size <= linear.MAX_ACCUMULATOR_BYTES:
+    if forward or 4 * kernel.size <= _linear.MAX_ACCUMULATOR_BYTES:
         (other,) = (side for side, made in ORDERS.items() if made != forward)
         losses[other] = functools.partial(in_order, not forward)
     return {side: runner(loss, arrays) for side, loss in losses.items()}
