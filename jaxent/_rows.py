@@ -13,9 +13,9 @@ class of the set that is kept apart from the others:
 
 The class apart is the target, or the most probable class where there is no single target. Where it
 is nearly certain its share is exp(0) = 1, and a small rest would lose its digits if it were added.
-The loss of the class apart is log(exp(left) + others) - left: log1p(others) where it is largest,
-with the derivative -others / (1 + others), and never the difference of two numbers near 1. (Beside
-an index, smoothing's mass is summed over all classes: no such loss is small.)
+The loss of the class apart is log1p(others * exp(-left)), with the derivative -others / (1 +
+others) where it is largest, and never the difference of two numbers near 1. (Beside an index,
+smoothing's mass is summed over all classes: no such loss is small.)
 
 Sums of two sets are added, once both are moved to the larger shift (`rebase`) and the class that
 does not stay apart is put back (`put_back`). The shift is a constant to differentiation: no loss
@@ -368,8 +368,13 @@ def _log_total_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def surprise(left: Array, others: Array) -> Array:
-    """Return -log p of the class apart, right to its last digits where p is nearly 1."""
-    return _log_total(left, others) - left
+    """Return -log p of the class apart, right to its last digits where p is nearly 1.
+
+    It is log1p(others * exp(-left)), and so is right whatever is small beside `left`: that of the
+    largest class is 0 to a rounding only, where a compiler makes one operation of scale * x - m.
+    """
+    low = jnp.maximum(left, -64)  # exp(64) times a sum over all classes is finite
+    return jnp.log1p(others * jnp.exp(-low)) + (low - left)
 
 
 @surprise.defjvp

@@ -198,6 +198,46 @@ def test_law_13_a_nearly_certain_token_of_a_head_is_exact(function, rows, dtype)
     check(function, *rows, dtype)
 
 
+def of_narrow_head(logits, targets, **keywords):
+    """Of products of width 1, which a compiler makes one operation of with what follows."""
+    return jnp.stack(
+        [
+            jaxent.linear_cross_entropy(jnp.ones((1, 1)), x[None], y[None], **keywords)
+            for x, y in zip(logits, targets)
+        ]
+    )
+
+
+SCALED = {
+    "indices": lambda x, y, **k: jaxent.cross_entropy(x, y, axis=-1, reduction="none", **k),
+    "probabilities": lambda x, y, **k: jaxent.cross_entropy(
+        x, jax.nn.one_hot(y, x.shape[-1]), axis=-1, reduction="none", **k
+    ),
+    "statistics": lambda x, y, **k: -jaxent.token_stats(x, y, axis=-1, **k).log_prob,
+    "head": of_head,
+    "narrow head": of_narrow_head,
+}
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("function", SCALED.values(), ids=SCALED)
+@law
+@given(confident_rows((2, 5)), st.sampled_from([0.7, 0.1, 1.3]), st.sampled_from([None, 37.0]))
+def test_law_13_a_nearly_certain_row_is_exact_whatever_its_scale(function, jit, rows, scale, cap):
+    logits, targets = rows
+    z = np.float64(np.float32(scale)) * logits
+    z = z if cap is None else cap * np.tanh(z / cap)
+    loss, *_ = exact(z, targets)
+
+    def values(logits, targets):
+        return function(logits, targets, logit_scale=scale, softcap=cap)
+
+    found = (jax.jit(values) if jit else values)(logits, targets)
+    # A logit is rounded, twice with a cap: the loss is off by as much as its own size times that.
+    bound = 4 * eps("float32") * loss * (1 + np.abs(z).max(-1)) + 1e-37
+    assert np.all(np.abs(found - loss) <= bound), (found, loss)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_law_13_a_nearly_certain_row_of_many_classes_is_exact(with_gradient, dtype):
