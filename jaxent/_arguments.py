@@ -401,6 +401,44 @@ def _read_coefficient(name: str, value: Any, low: float, high: float, neutral: f
     return array
 
 
+def read_temperature(temperature: Any) -> Any:
+    """Return a scalar, or None for a Python 1."""
+    array = _read_coefficient("temperature", temperature, -math.inf, math.inf, neutral=1)
+    if array is not None and not isinstance(array, jax.Array) and array <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return array
+
+
+def read_beta(beta: Any) -> tuple[Literal["forward", "reverse", "between"], Any]:
+    """Return the kind of a divergence; and beta, a scalar, where it is between the others."""
+    array = _read_coefficient("beta", beta, 0, 1)
+    if array is None:
+        return "forward", None
+    if not isinstance(array, jax.Array) and array == 1:
+        return "reverse", None
+    return "between", array
+
+
+def read_distilled_targets(
+    targets: Any, ignore_index: Any, shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Return targets that only say what is ignored, and the ignored one; None for none."""
+    if targets is None:
+        read_ignore_index(ignore_index)
+        return None, None
+    targets, ignored = read_index_targets(
+        targets,
+        ignore_index,
+        "here they only say which examples are ignored, as integers; a teacher's probabilities are "
+        "targets of cross_entropy",
+    )
+    if targets.shape != shape:
+        raise ValueError(
+            f"targets are {describe(targets)}: they must be {list(shape)}, one for each example"
+        )
+    return (targets, ignored) if ignored is not None else (None, None)
+
+
 def read_softcap(softcap: Any) -> float | None:
     if softcap is None:
         return None
