@@ -25,23 +25,41 @@ from ._arguments import (
     Reduction,
     check_reduction,
     describe,
+    read_array,
     read_axis,
     read_beta,
+    read_bias,
+    read_chunk_size,
     read_class_mask,
     read_distilled_targets,
+    read_hidden_and_kernel,
     read_logit_scale,
     read_logits,
+    read_precision,
     read_sample_weight,
     read_softcap,
     read_temperature,
 )
-from ._axes import AxisName, Names, read_axis_names
+from ._axes import (
+    AxisName,
+    Names,
+    in_shard_map,
+    num_shards,
+    read_axis_names,
+)
 from ._calls import compiled, public
+from ._classes import along
 from ._divergence import Form, row_divergences
+from ._forms import chosen
+from ._head.chunks import Fixed, Head, Plan
+from ._head.divergence import Pair, Plans, head_divergences
+from ._head.mesh import Layout, check_divisible, lay_out_like, on_shards, read_layout
+from ._head.sizes import choose_block, choose_chunk
 from ._numerics import compute_dtype, nan_where
 from ._reduction import reduce
 from ._rows import Transform
 from ._targets import class_table, read_existing
+from ._xla import zeros_like
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,10 +144,10 @@ def distillation(
 
     It is not multiplied by :math:`T^2`, which Hinton et al. do to keep the gradients' size.
 
-    The teacher is a constant: its logits and its scale have no gradient. Everything else has, twice:
-    logits, logit_scale, sample_weight, and a temperature or beta that is an array. No term is
-    negative, so nothing cancels: loss and gradient keep their digits where the two distributions
-    are nearly the same, and are 0 where they are the same.
+    The teacher is a constant: its logits and its scale have no gradient. Everything else has
+    gradients of first and second order: logits, logit_scale, sample_weight, and a temperature or
+    beta that is an array. No term is negative, so nothing cancels: loss and gradient keep their
+    digits where the two distributions are nearly the same, and are 0 where they are the same.
 
     Args:
       logits: the student's, float, (..., C, ...). Half precision is computed in float32.
@@ -184,8 +202,8 @@ def distillation(
     w = read_logits(teacher_logits, "teacher_logits")
     if x.shape != w.shape:
         raise ValueError(
-            f"logits are {describe(x)}, teacher_logits {describe(w)}: they must have one shape, and "
-            "the same classes"
+            f"logits are {describe(x)}, teacher_logits {describe(w)}: they must have the same "
+            "shape (pad the smaller vocabulary, and exclude what was added by class_mask)"
         )
     axis = read_axis(axis, x.ndim, "logits")
     if x.shape[axis] == 0:
@@ -205,9 +223,7 @@ def distillation(
         teacher_logit_scale=teacher_logit_scale,
         teacher_softcap=teacher_softcap,
     )
-    examples, classes = read_axis_names(
-        x, w, axis_name=axis_name, class_axis_name=class_axis_name
-    )
+    examples, classes = read_axis_names(x, w, axis_name=axis_name, class_axis_name=class_axis_name)
     return _distillation(Options(form, axis, reduction, examples, classes), x, w, given)
 
 
@@ -234,6 +250,258 @@ def _distillation(options: Options, logits: Array, teacher_logits: Array, given:
         classes,
     )
     return reduced(axis, divergence, sample_weight, options.reduction, options.examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """What is static in a divergence of heads."""
+
+    plans: Plans
+    layout: Layout
+    reduction: Reduction
+    skip: bool  # whether tokens that do not count may be left out
+
+
+@public
+def linear_distillation(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    teacher_hidden: ArrayOrList,
+    teacher_kernel: ArrayOrList,
+    *,
+    bias: ArrayOrList | None = None,
+    teacher_bias: ArrayOrList | None = None,
+    class_axis: int = -1,
+    teacher_class_axis: int = -1,
+    beta: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    targets: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: ArrayLike = 1.0,
+    teacher_softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    width_axis_name: AxisName = None,
+) -> Array:
+    r"""Return the divergence of a student's head from a teacher's, without holding either's logits.
+
+    .. math:: \mathrm{linear\_distillation}(h, K, h', K') =
+              \mathrm{distillation}(h K + b, h' K' + b')
+
+    for every keyword of `jaxent.distillation` but the axes, in values and in gradients. The two
+    heads have the same tokens and classes, and widths of their own. Both are gone over together,
+    in chunks of classes: once for their normalizers, once for the divergence, and once for the
+    gradients. Products are accumulated in float32. The teacher is a constant.
+
+    Memory, beyond arguments and results, is a float32 gradient of `hidden` and chunks of both
+    logits, (N, chunk_size). Tokens that do not count take no time, as in
+    `jaxent.linear_cross_entropy`; what they hold reaches nothing, even if it is NaN.
+
+    Args:
+      hidden: the student's hidden states, float, (..., D).
+      kernel: float, (D, C), or (C, D) with `class_axis=0`.
+      teacher_hidden, teacher_kernel: the teacher's, (..., D') and (D', C), or (C, D') with
+        `teacher_class_axis=0`.
+      bias, teacher_bias: float, (C,).
+      class_axis, teacher_class_axis: the kernels' axes of classes.
+      beta, temperature, targets, ignore_index, reduction, sample_weight, class_mask, logit_scale,
+        softcap, teacher_logit_scale, teacher_softcap: as in `jaxent.distillation`, with logits
+        (..., C).
+      dtype: of the operands of both products; by default each head's own.
+      precision: as in `jax.lax.dot_general`.
+      chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
+      axis_name, class_axis_name, width_axis_name: as in `jaxent.linear_cross_entropy`. The teacher
+        is split as the student is.
+
+    Returns:
+      float32, float64 for a float64 product: a scalar, or for "none" the shape (...).
+
+    Raises:
+      TypeError: a dtype is none of the above.
+      ValueError: shapes do not fit, a number is out of range, or arrays are split in a way that
+        cannot be meant.
+
+    Example:
+      >>> import jax
+      >>> import jaxent
+      >>> hidden, wide = (jax.random.normal(jax.random.key(0), (4, d)) for d in (8, 16))
+      >>> kernel, teacher = (jax.random.normal(jax.random.key(1), (d, 1000)) for d in (8, 16))
+      >>> loss = jaxent.linear_distillation(hidden, kernel, wide, teacher)
+      >>> bool(jax.numpy.isclose(loss, jaxent.distillation(hidden @ kernel, wide @ teacher)))
+      True
+
+    References:
+      As `jaxent.distillation`; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language
+      Models", 2024.
+    """
+    check_reduction(reduction)
+    names = axis_name, class_axis_name, width_axis_name
+    split = read_axis_names(
+        read_array("hidden", hidden), read_array("kernel", kernel), width_axis_name=width_axis_name
+    )
+    num_parts = num_shards(split[0])
+    h, k, class_axis, student_dtype = read_hidden_and_kernel(
+        hidden, kernel, class_axis, dtype, num_parts
+    )
+    teacher_h, teacher_k, teacher_class_axis, teacher_dtype = of_teacher(read_hidden_and_kernel)(
+        teacher_hidden, teacher_kernel, teacher_class_axis, dtype, num_parts
+    )
+    num_classes = k.shape[class_axis]
+    if teacher_h.shape[:-1] != h.shape[:-1]:
+        raise ValueError(
+            f"hidden is {describe(h)}, teacher_hidden {describe(teacher_h)}: they must have the "
+            "same tokens, that is the same shape except for the last dimension"
+        )
+    if teacher_k.shape[teacher_class_axis] != num_classes:
+        raise ValueError(
+            f"kernel is {describe(k)}, with {num_classes} classes along its axis {class_axis}; "
+            f"teacher_kernel {describe(teacher_k)}, with {teacher_k.shape[teacher_class_axis]} "
+            f"along its axis {teacher_class_axis}: they must have the same classes (pad the "
+            "smaller vocabulary, and exclude what was added by class_mask)"
+        )
+    shape = (*h.shape[:-1], num_classes)
+    form, given = read_given(
+        "logits",
+        shape,
+        len(shape) - 1,
+        beta=beta,
+        temperature=temperature,
+        targets=targets,
+        ignore_index=ignore_index,
+        sample_weight=sample_weight,
+        class_mask=class_mask,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
+    )
+    b, teacher_b = read_bias(bias, num_classes), of_teacher(read_bias)(teacher_bias, num_classes)
+    layout = read_layout(h, k, class_axis, *names)
+    if layout.mesh is not None:
+        check_divisible("teacher_hidden", teacher_h, layout.of_hidden(), layout.mesh)
+        kernel_spec = layout.of_kernel(teacher_class_axis)
+        check_divisible("teacher_kernel", teacher_k, kernel_spec, layout.mesh)
+    gathered: Names = ()
+    if layout.mesh is None and not in_shard_map(layout.width):
+        layout, gathered = layout._replace(width=()), layout.width
+    plan = functools.partial(
+        Plan, chunk=read_chunk_size(chunk_size), width=layout.width, gathered=gathered
+    )
+    plans = Plans(
+        *(
+            plan(class_axis=axis, dtype=each, precision=read_precision(precision, each))
+            for axis, each in ((class_axis, student_dtype), (teacher_class_axis, teacher_dtype))
+        ),
+        form,
+    )
+    by_token = given.class_mask is not None and given.class_mask.ndim > 1
+    skip = not by_token and chosen("skip", lambda: layout.owns_all_tokens)
+    options = HeadOptions(plans, layout, reduction, skip)
+    return _linear_distillation(
+        options, Pair(h, teacher_h), Pair(k, teacher_k), Pair(b, teacher_b), given
+    )
+
+
+@compiled
+def _linear_distillation(
+    options: HeadOptions, hidden: Pair, kernel: Pair, bias: Pair, given: Given
+) -> Array:
+    plans, layout = options.plans, options.layout
+    pair, dtype = plans.pair, plans.dtype
+    num_classes, ndim = kernel.student.shape[plans.student.class_axis], hidden.student.ndim
+    shape = (*hidden.student.shape[:-1], num_classes)
+    kernel = Pair(*map(_gathered, pair, kernel))
+    if layout.mesh is not None:
+        names = "targets", "sample_weight", "class_mask"
+        arrays = {name: getattr(given, name) for name in names}
+        moved = lay_out_like(hidden.student, layout, num_classes, **arrays)
+        given = given._replace(**dict(zip(names, moved)))
+    classes = layout.classes if layout.mesh is None else ()
+    class_mask, sample_weight = read_counted(ndim - 1, shape, dtype, given, classes)
+    skip = options.skip and sample_weight is not None
+    if sample_weight is None:
+        sample_weight = zeros_like(hidden.student[..., :1], dtype) + 1
+    uncounted = sample_weight == 0
+    coolness, beta = given.scalars(dtype)
+    transforms = given.transforms(*(compute_dtype(plan) for plan in pair))
+
+    def blank(x: Array) -> Array:
+        finite = jnp.all(jnp.isfinite(x), -1, keepdims=True)
+        return jnp.where(uncounted & ~finite, 0, x)
+
+    def read(plan: Plan, bias: Any, transform: Transform) -> tuple[Head, Fixed]:
+        if bias is not None:
+            bias = along(-1, ndim, bias.astype(compute_dtype(plan)))
+        rest = Head(None, None, bias, None, transform.scale)
+        return rest, Fixed(class_mask, None, uncounted, transform.cap)
+
+    heads_and_fixed = Pair(*map(read, pair, bias, transforms))
+    rest = heads_and_fixed, coolness, beta, sample_weight
+    student_hidden, teacher_hidden = map(blank, hidden)
+
+    def local(hidden: Array, kernel: Array, others: tuple[Array, Array, Any]) -> Array:
+        teacher_hidden, teacher_kernel, rest = others
+        heads_and_fixed, coolness, beta, sample_weight = jax.tree.map(_flatten_tokens, rest)
+        (student, fixed), (teacher, teacher_fixed) = heads_and_fixed
+        student = student._replace(hidden=_flatten_tokens(hidden), kernel=kernel)
+        teacher = teacher._replace(hidden=_flatten_tokens(teacher_hidden), kernel=teacher_kernel)
+        heads = Pair(student, teacher)
+        fitted = _fitted(plans, heads, skip)
+        divergence = head_divergences(
+            fitted,
+            heads,
+            Pair(fixed, teacher_fixed),
+            coolness,
+            beta,
+            sample_weight,
+            layout.classes,
+        )
+        return divergence.reshape(*hidden.shape[:-1], 1)
+
+    others = teacher_hidden, kernel.teacher, rest
+    specs = (
+        layout.of_hidden(),
+        layout.of_kernel(plans.teacher.class_axis),
+        jax.tree.map(functools.partial(layout.of_argument, shape), rest),
+    )
+    divergence = on_shards(
+        local, layout, plans.student.class_axis, student_hidden, kernel.student, others, specs=specs
+    )
+    return reduced(ndim - 1, divergence, sample_weight, options.reduction, layout.examples)
+
+
+def _gathered(plan: Plan, kernel: Array) -> Array:
+    if not plan.gathered:
+        return kernel
+    gathered: Array = jax.lax.all_gather(
+        kernel, plan.gathered, axis=1 - plan.class_axis, tiled=True
+    )
+    return gathered
+
+
+def _flatten_tokens(x: Array) -> Array:
+    """Return (..., D) as (N, D)."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim else x
+
+
+def _fitted(plans: Plans, heads: Pair, skip: bool) -> Plans:
+    """Return the plans with chunks of a device's own classes, and blocks of its tokens."""
+    num_classes = heads.student.kernel.shape[plans.student.class_axis]
+    each = list(zip(plans.pair, heads))
+    chunk = plans.student.chunk or min(choose_chunk(*plan_and_head) for plan_and_head in each)
+    plans = plans.both(
+        functools.partial(dataclasses.replace, chunk=min(chunk, num_classes), skip=skip)
+    )
+    block = min(choose_block(*plan_and_head) for plan_and_head in zip(plans.pair, heads))
+    return plans.both(functools.partial(dataclasses.replace, block=block))
 
 
 def read_given(
@@ -303,7 +571,7 @@ def reduced(
     axis: int, divergence: Array, sample_weight: Any, reduction: Reduction, examples: Names
 ) -> Array:
     """Return the reduction of divergences and sample weights, (..., 1, ...)."""
-    weights = jnp.ones_like(divergence) if sample_weight is None else sample_weight
+    weights = zeros_like(divergence) + 1 if sample_weight is None else sample_weight
     divergence, weights = (jax.lax.squeeze(x, (axis,)) for x in (divergence, weights))
     return reduce([(weights * divergence, weights)], reduction, examples)
 

@@ -8,11 +8,11 @@ h(x) = exp(x) - 1 - x, which is never negative:
     between   beta KL(p || m) + (1 - beta) KL(q || m)
                          = sum_k beta p_k h(log m_k / p_k) + (1 - beta) q_k h(log m_k / q_k)
 
-What h adds to the plain formula sums to 0 over the classes, since p, q and m are distributions. With
-it no term is negative, so nothing cancels where the two are nearly the same, and an error of a
-normalizer, the same for all classes, is squared. log q_k / p_k is the difference of the c_k less
-that of log(1 + rest), so it has the digits of the logits. The gradients are made of expm1 of it:
-they are exact where q - p would be a difference of two numbers nearly equal.
+The terms that h adds to the plain formula sum to 0 over the classes, since p, q and m are
+distributions. With h no term is negative, so nothing cancels where p and q are nearly equal, and an
+error of a normalizer, which is the same for all classes, enters squared. log q_k / p_k is the
+difference of both c_k less that of both log(1 + rest), which keeps the digits of the logits. The
+gradients use expm1 of it: there q - p would be a difference of two numbers nearly equal.
 """
 
 import dataclasses
@@ -354,7 +354,9 @@ def row_divergences(
 
     if uncounted is not None:
         z, w = transform(logits), teacher_transform(teacher_logits)
-        lost = uncounted & ~_is_finite(axis, form, *jax.lax.stop_gradient((z, w)), class_mask, classes)
+        lost = uncounted & ~_is_finite(
+            axis, form, *jax.lax.stop_gradient((z, w)), class_mask, classes
+        )
         logits, teacher_logits = (jnp.where(lost, 0, x) for x in (logits, teacher_logits))
     student, teacher = read(logits, transform), read(teacher_logits, teacher_transform)
     arguments = student, teacher, class_mask, coolness, beta
@@ -368,9 +370,7 @@ def row_divergences(
     return jnp.where(lost, 0, divergence)
 
 
-def _is_finite(
-    axis: int, form: Form, z: Array, w: Array, class_mask: Any, classes: Names
-) -> Array:
+def _is_finite(axis: int, form: Form, z: Array, w: Array, class_mask: Any, classes: Names) -> Array:
     """Return whether the divergence of each row is, of the student's logits z and a teacher's w."""
     gone, teacher_gone = jnp.isneginf(z), jnp.isneginf(w)
     infinite = ~((z < jnp.inf) & (w < jnp.inf))  # NaN, too
