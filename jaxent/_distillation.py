@@ -54,12 +54,16 @@ from ._forms import chosen
 from ._head.chunks import Fixed, Head, Plan
 from ._head.divergence import Pair, Plans, head_divergences
 from ._head.mesh import Layout, check_divisible, lay_out_like, on_shards, read_layout
-from ._head.sizes import choose_block, choose_chunk
+from ._head.sizes import balance, choose_block, choose_chunk
 from ._numerics import compute_dtype, nan_where
 from ._reduction import reduce
 from ._rows import Transform
 from ._targets import class_table, read_existing
 from ._xla import zeros_like
+
+# XLA's CPU compiler holds so many arrays of a chunk's logits, of both heads and what is made of
+# them, where the loss alone holds one; chunks are as much smaller there (jax 0.12.0.1).
+CPU_ARRAYS, CPU_ARRAYS_BETWEEN = 4, 8
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -496,8 +500,12 @@ def _fitted(plans: Plans, heads: Pair, skip: bool) -> Plans:
     """Return the plans with chunks of a device's own classes, and blocks of its tokens."""
     num_classes = heads.student.kernel.shape[plans.student.class_axis]
     each = list(zip(plans.pair, heads))
-    chunk = plans.student.chunk or min(choose_chunk(*plan_and_head) for plan_and_head in each)
-    plans = plans.both(
+    chunk, cpu_chunk = plans.student.chunk, None
+    if chunk is None:
+        chunk = min(choose_chunk(*plan_and_head) for plan_and_head in each)
+        arrays = CPU_ARRAYS_BETWEEN if plans.form.kind == "between" else CPU_ARRAYS
+        cpu_chunk = balance(num_classes, max(chunk // arrays, 128), 128)
+    plans = dataclasses.replace(plans, cpu_chunk=cpu_chunk).both(
         functools.partial(dataclasses.replace, chunk=min(chunk, num_classes), skip=skip)
     )
     block = min(choose_block(*plan_and_head) for plan_and_head in zip(plans.pair, heads))

@@ -42,6 +42,7 @@ from .chunks import (
     chunk_logits_and_pull,
     chunk_numbers,
     gradients_of_logits,
+    on_platform,
     read_chunk,
     scatter_width,
     transform_of,
@@ -70,6 +71,7 @@ class Plans:
     student: Plan
     teacher: Plan
     form: Form
+    cpu_chunk: Any = None  # classes in a chunk on a CPU, where that is another number
 
     @property
     def dtype(self) -> Any:
@@ -78,7 +80,8 @@ class Plans:
 
     def both(self, function: Callable[[Plan], Plan]) -> "Plans":
         """Return them with both plans put through a function."""
-        return Plans(function(self.student), function(self.teacher), self.form)
+        pair = Pair(function(self.student), function(self.teacher))
+        return dataclasses.replace(self, student=pair.student, teacher=pair.teacher)
 
     @property
     def pair(self) -> Pair:
@@ -186,8 +189,11 @@ def _streamed_rest(
     plan: Plan, dtype: Any, head: Head, fixed: Fixed, coolness: Any, sample_weight: Array
 ) -> tuple[Array, Array]:
     """Return shift and rest of each token's softmax, (N, 1); 0 for those that are skipped."""
-    function = functools.partial(_rest_pass, dtype)
-    return _on_platform(function, plan, head, fixed, coolness)
+
+    def function(plan: Plan, *arguments: Any) -> tuple[Array, Array]:
+        return _rest_pass(dtype, plan, *arguments)
+
+    return on_platform(function, plan, head, fixed, coolness)
 
 
 def _rest_pass(
@@ -395,18 +401,17 @@ def _zero_scalars(plans: Plans, head: Head) -> tuple[Any, Any]:
 # ---- What the passes have in common ----------------------------------------------------------
 
 
-def _on_platform(function: Callable[..., R], plan: Any, *arguments: Any) -> R:
-    """Call the function with the plan, or plans, of the platform: see `chunks.on_platform`."""
-    both = plan if isinstance(plan, Plans) else Plans(plan, plan, Form())
-    if not any(is_widened_on_cpu(each.dtype) for each in both.pair):
-        return function(plan, *arguments)
+def _on_platform(function: Callable[..., R], plans: Plans, *arguments: Any) -> R:
+    """Call the function with the plans of the platform: see `chunks.on_platform`."""
 
-    def widened(plan: Plan) -> Plan:
-        return dataclasses.replace(plan, cpu=is_widened_on_cpu(plan.dtype))
+    def on_cpu(plan: Plan) -> Plan:
+        chunk = plans.cpu_chunk or plan.chunk
+        return dataclasses.replace(plan, cpu=is_widened_on_cpu(plan.dtype), chunk=chunk)
 
-    on_cpu = both.both(widened)
-    on_cpu_alike = on_cpu if isinstance(plan, Plans) else on_cpu.student
-    return with_cpu_plan(function, plan, on_cpu_alike, *arguments)
+    cpu_plans = plans.both(on_cpu)
+    if cpu_plans == plans:
+        return function(plans, *arguments)
+    return with_cpu_plan(function, plans, cpu_plans, *arguments)
 
 
 def _back(plan: Plan, blocks: Any, rows: R) -> R:
@@ -436,13 +441,18 @@ def _sum_of_tangents(
 ) -> R:
     """Return the tangent of the sum of `local(floats, i)` over chunks, which holds none of them."""
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(total: Any, i: Array) -> tuple[Any, None]:
-        part = jax.jvp(lambda floats: local(floats, i), (floats,), (d_floats,))[1]
-        return jax.tree.map(jnp.add, total, part), None
+    # A program of its own: JAX leaves out the transpose of that where the cotangent is 0, as it is
+    # here in first order, and of a scan it does not (jax 0.10.2 to 0.12.0.1).
+    @jax.jit
+    def scanned(d_floats: Any) -> Any:
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def step(total: Any, i: Array) -> tuple[Any, None]:
+            part = jax.jvp(lambda floats: local(floats, i), (floats,), (d_floats,))[1]
+            return jax.tree.map(jnp.add, total, part), None
 
-    total, _ = jax.lax.scan(step, vary_like(head.hidden, zeros), chunk_numbers(plan, head))
-    summed: R = total
+        return jax.lax.scan(step, vary_like(head.hidden, zeros), chunk_numbers(plan, head))[0]
+
+    summed: R = scanned(d_floats)
     return summed
 
 
