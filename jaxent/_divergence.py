@@ -56,7 +56,7 @@ class Softmax(NamedTuple):
         """Return c, -inf where no class exists."""
         centred = centre(self.transform, self.logits, self.shift, class_mask)
         centred = centred.astype(self.shift.dtype)
-        return centred if coolness is None else _cooled(centred, coolness)
+        return _cooled(centred, coolness)
 
 
 class Sums(NamedTuple):
@@ -78,16 +78,21 @@ class _Ratios(NamedTuple):
         return _Ratios(self.q, self.p, -self.log_ratio)
 
 
+def _cooled(x: Array, coolness: Any) -> Array:
+    """Return x / T, the coolness being 1 / T, or None for 1."""
+    return x if coolness is None else _times(coolness, x)
+
+
 @jax.custom_jvp
-def _cooled(centred: Array, coolness: Array) -> Array:
-    """Return coolness * centred, the coolness being 1 / T."""
-    return coolness * centred
+def _times(coolness: Array, x: Array) -> Array:
+    """Return the product, whose derivative by the first is 0 where the other is infinite."""
+    return coolness * x
 
 
-@_cooled.defjvp
-def _cooled_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (centred, coolness), (d_centred, d_coolness) = primals, tangents
-    return _cooled(*primals), coolness * d_centred + _finite(centred) * d_coolness
+@_times.defjvp
+def _times_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (coolness, x), (d_coolness, dx) = primals, tangents
+    return _times(*primals), coolness * dx + _finite(x) * d_coolness
 
 
 def _finite(x: Array) -> Array:
@@ -204,12 +209,29 @@ def divergence_gradients(
 
 
 def _ratios(student: Softmax, teacher: Softmax, class_mask: Any, coolness: Any) -> _Ratios:
-    c_q, c_p = (softmax.centred(class_mask, coolness) for softmax in (student, teacher))
-    q, p = (jnp.exp(c) / (1 + softmax.rest) for c, softmax in ((c_q, student), (c_p, teacher)))
-    neither = jnp.isneginf(c_q) & jnp.isneginf(c_p)
-    difference = jnp.where(neither, 0, c_q) - jnp.where(neither, 0, c_p)
+    d_q, d_p = (softmax.centred(class_mask, None) for softmax in (student, teacher))
+    q, p = (
+        jnp.exp(_cooled(distance, coolness)) / (1 + softmax.rest)
+        for distance, softmax in ((d_q, student), (d_p, teacher))
+    )
+    neither = jnp.isneginf(d_q) & jnp.isneginf(d_p)
+    difference = jnp.where(neither, 0, d_q) - jnp.where(neither, 0, d_p)
+    lost = _lost_digits(*jax.lax.stop_gradient((student, teacher, d_q, d_p)))
     normalizers = jnp.log1p(student.rest) - jnp.log1p(teacher.rest)
-    return _Ratios(p, q, difference - normalizers)
+    return _Ratios(p, q, _cooled(difference + lost, coolness) - normalizers)
+
+
+def _lost_digits(student: Softmax, teacher: Softmax, d_q: Array, d_p: Array) -> Array:
+    """Return what the distances from the largest logits have lost of their difference.
+
+    Nearly equal logits z and w have the difference (z - w) - (max z - max w) without a rounding,
+    where (z - max z) - (w - max w) has those of both distances.
+    """
+    z, w = (_finite(x.transform(x.logits).astype(x.shift.dtype)) for x in (student, teacher))
+    apart, shifts = z - w, student.shift - teacher.shift
+    is_nearer = jnp.abs(apart) + jnp.abs(shifts) < jnp.abs(d_q) + jnp.abs(d_p)
+    is_nearer &= jnp.isfinite(d_q) & jnp.isfinite(d_p)
+    return jnp.where(is_nearer, (apart - shifts) - (_finite(d_q) - _finite(d_p)), 0)
 
 
 def _terms(kind: Kind, ratios: _Ratios, beta: Any) -> Array:
