@@ -19,6 +19,8 @@ from calls import (
     examples,
 )
 from hypothesis import given
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_call_cost import counting
 
 import jaxent
@@ -241,16 +243,402 @@ def hard_calls(draw):
 @given(hard_calls())
 def test_loss_and_gradient_are_exact_to_a_few_roundings_of_their_own_size(call):
     loss, gradients = call.run(jaxent.distillation)
-    wanted, wanted_gradients = call.widened().run(jaxent.distillation)
+    wide = call.widened()
+    wanted, wanted_gradients = wide.run(jaxent.distillation)
+    expected, _ = wide.run(reference.distillation)
+    np.testing.assert_allclose(wanted, expected, rtol=1e-6, atol=1e-13)
+    # A rounding of the normalizers enters the loss squared.
     unit = eps("float32")
-    # A logarithm of a probability as small as exp(-a) is known to a roundings of its size, and so
-    # is a ratio of two: that is what a derivative of the divergence times such a rounding makes.
-    x, w = (
-        np.asarray(v, "float64") / call.others["temperature"]
-        for v in (call.floats["logits"], call.others["teacher_logits"])
-    )
-    spread = np.maximum(*(1 + x.max(-1) - x.min(-1) for x in (x, w)))
-    assert np.all(np.abs(loss - wanted) <= 16 * unit * np.maximum(wanted, 0) * spread**0.5 + 1e-37)
-    size = np.abs(wanted_gradients["logits"]).max(-1, keepdims=True)
+    assert np.all(np.abs(loss - wanted) <= 32 * unit * wanted + (8 * unit) ** 2)
+    # Of the student's formula q (g - sum q g), where g may be the same for all classes.
+    x, w = (v / call.others["temperature"] for v in (wide.floats["logits"], teacher_of(wide)))
+    log_q, log_p = (v - np.logaddexp.reduce(v, -1, keepdims=True) for v in (x, w))
+    beta = call.others["beta"]
+    if beta == 0:
+        size = wanted_gradients["logits"] / call.cotangent[:, None]
+    else:
+        log_b = np.log(beta) if beta < 1 else 0
+        log_m = np.logaddexp(log_b + log_p, np.log1p(-beta) + log_q) if beta < 1 else log_p
+        size = np.exp(log_q) * (log_q - log_m)
+    size = np.abs(call.cotangent[:, None] * size).max(-1, keepdims=True)
     error = np.abs(gradients["logits"] - wanted_gradients["logits"])
-    assert np.all(error <= 32 * unit * size * spread[:, None] ** 0.5 + 1e-37)
+    assert np.all(error <= 64 * unit * size + 1e-37)
+
+
+def teacher_of(call):
+    return call.others["teacher_logits"]
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
+def test_of_the_same_heads_divergence_and_gradient_are_0(beta):
+    for x in (X, 1e4 * X):
+        value = jax.value_and_grad(lambda x, w: jaxent.distillation(x, w, beta=beta))(x, x)
+        jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), value)
+    h, k = X, np.random.default_rng(2).normal(size=(9, 50)).astype("float32")
+
+    def loss(h, k, th, tk):
+        return jaxent.linear_distillation(h, k, th, tk, beta=beta, chunk_size=20)
+
+    value = jax.value_and_grad(loss, (0, 1))(h, k, h, k)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), value)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
+def test_the_hessian_at_the_teacher_is_that_of_a_square(beta):
+    """Every divergence is q-weighted least squares there, times 1, or beta (1 - beta)."""
+    x, p = X[0], jax.nn.softmax(X[0])
+    hessian = jax.hessian(lambda x: jaxent.distillation(x, X[0], beta=beta))(x)
+    factor = beta * (1 - beta) if 0 < beta < 1 else 1
+    assert_close(hessian, factor * (jnp.diag(p) - jnp.outer(p, p)), 16)
+
+
+def test_a_class_that_one_of_them_excludes():
+    p, q = np.float32([[0.0, 0.0, -np.inf]]), np.float32([[0.0, -np.inf, 0.0]])
+    half = np.log(2)
+    forward, reverse = (jaxent.distillation(q, p, beta=b) for b in (0.0, 1.0))
+    assert np.isposinf(forward)
+    assert np.isposinf(reverse)
+    mixed = jaxent.distillation(q, p, beta=0.5)
+    np.testing.assert_allclose(mixed, half / 2, rtol=1e-6)
+    gradient = jax.grad(lambda q: jaxent.distillation(q, p, beta=0.5))(q)
+    assert np.all(np.isfinite(gradient))
+    # Where p is 0, q may be: no 0 * log 0.
+    for beta, x, w in (
+        (0.0, np.float32([[0.0, 1.0, 0.0]]), p),
+        (1.0, q, np.float32([[0, 1.0, 0]])),
+    ):
+        loss, gradient = jax.value_and_grad(
+            lambda x, w=w, beta=beta: jaxent.distillation(x, w, beta=beta)
+        )(x)
+        assert_close(loss, reference.distillation(x, w, beta=beta), 8)
+        assert np.all(np.isfinite(gradient))
+    both = jaxent.distillation(p + np.float32([[0, 1, 0]]), p)
+    assert_close(both, jaxent.distillation(np.float32([[0, 1]]), np.float32([[0, 0]])), 4)
+
+
+@examples(10)
+@given(st.data())
+def test_law_8_what_is_excluded_or_does_not_count_acts_as_deleted(data):
+    beta = data.draw(st.sampled_from([0.0, 1.0, 0.3]))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    kept, exists = random.uniform(size=6) < 0.6, random.uniform(size=9) < 0.7
+    kept[0] = exists[0] = True
+    bad = np.where(~(kept[:, None] & exists), random.choice([np.nan, np.inf, -np.inf]), X)
+    bad_w = np.where(~(kept[:, None] & exists), random.choice([np.nan, np.inf, -np.inf]), W)
+    weights = {
+        "targets": np.where(kept, 3, -100),
+        "sample_weight": kept.astype("float32"),
+    }
+    name = data.draw(st.sampled_from(list(weights)))
+    keywords = {name: weights[name], "class_mask": exists, "beta": beta, "temperature": 0.8}
+
+    def loss(x, w, **keywords):
+        return jaxent.distillation(x, w, **keywords)
+
+    def gradient_norm(x, w, **keywords):
+        return jnp.sum(jax.grad(loss)(x, w, **keywords) ** 2)
+
+    part = np.ix_(kept, exists)
+    for f in (loss, gradient_norm):
+        value, gradient = jax.jit(
+            jax.value_and_grad(lambda x, f=f: f(x, bad_w.astype("float32"), **keywords))
+        )(bad.astype("float32"))
+        wanted, wanted_gradient = jax.jit(
+            jax.value_and_grad(lambda x, f=f: f(x, W[part], beta=beta, temperature=0.8))
+        )(X[part])
+        assert_close(value, wanted, 32)
+        assert_close(gradient[part], wanted_gradient, 32)
+        outside = np.ones(X.shape, bool)
+        outside[part] = False
+        np.testing.assert_array_equal(np.asarray(gradient)[outside], 0)
+
+
+def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
+    h, th = X.copy(), W.copy()
+    k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
+    h[1], th[2] = np.nan, np.inf
+    kept = np.array([True, False, False, True, True, False])
+
+    def loss(h, k, s, th):
+        return jaxent.linear_distillation(h, k, th, tk, sample_weight=s, chunk_size=5)
+
+    for skip in (False, True):
+        with forced(skip=skip, block=2):
+            found = jax.value_and_grad(loss, (0, 1, 2))(h, k, kept.astype("float32"), th)
+        wanted = jax.value_and_grad(loss, (0, 1))(h[kept], k, np.ones(3, "float32"), th[kept])
+        assert_close(found[0], wanted[0], 16)
+        assert_close(found[1][0][kept], wanted[1][0], 16)
+        np.testing.assert_array_equal(found[1][0][~kept], 0)
+        assert_close(found[1][1], wanted[1][1], 16)
+        # The derivative by a weight of 0 is that of the loss of its token.
+        each = jaxent.linear_distillation(h, k, th, tk, reduction="none", chunk_size=5)
+        assert_close(found[1][2][5], (each[5] - found[0]) / 3, 32)
+
+
+# ---- Second order ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("name", ["distillation", "linear_distillation"])
+def test_second_order_equals_the_reference(name, beta):
+    random = np.random.default_rng(5)
+    s = np.float32([1, 0, 2, 0.5, 0, 1])
+    t, scale = np.float32(1.7), np.float32(0.8)
+    keywords = {"class_mask": np.arange(9) != 4, "softcap": 3.0}
+    arrays = [X, s, t, scale] + ([np.float32(beta)] if 0 < beta < 1 else [])
+    if name == "linear_distillation":
+        kernel, bias = random.normal(size=(9, 9)), random.normal(size=9)
+        arrays += [kernel.astype("float32"), bias.astype("float32")]
+    teacher = random.normal(size=(9, 5)).astype("float32")
+
+    def loss(module, arrays):
+        x, s, t, scale, *rest = arrays
+        options = keywords | {"sample_weight": s, "temperature": t, "logit_scale": scale}
+        options["beta"] = rest.pop(0) if 0 < beta < 1 else beta
+        if name == "distillation":
+            return module.distillation(x, W, **options)
+        return module.linear_distillation(
+            x,
+            rest[0],
+            W[:, :5],
+            teacher,
+            bias=rest[1],
+            teacher_class_axis=0,
+            chunk_size=4,
+            **options,
+        )
+
+    direction = [np.asarray(random.normal(size=np.shape(x)), "float32") for x in arrays]
+
+    def along(module):
+        gradient = jax.grad(lambda arrays: loss(module, arrays))
+        forward = jax.jvp(gradient, (arrays,), (direction,))[1]
+
+        def product(arrays):
+            return sum(jnp.vdot(g, d) for g, d in zip(gradient(arrays), direction))
+
+        return gradient(arrays), forward, jax.grad(product)(arrays)
+
+    found, wanted = (jax.jit(along, static_argnums=0)(m) for m in (jaxent, reference))
+    jax.tree.map(lambda a, b: assert_close(a, b, 256), found, wanted)
+
+
+# ---- Transformations, shards, cost -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+def test_law_12_vmap_of_one_example_equals_the_batch(beta):
+    k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
+
+    def one(x, w, k):
+        dense = jaxent.distillation(x, w, beta=beta, reduction="none")
+        return dense + jaxent.linear_distillation(x, k, w, tk, beta=beta, chunk_size=5)
+
+    def batch(x, w, k):
+        dense = jaxent.distillation(x, w, beta=beta, reduction="none")
+        head = jaxent.linear_distillation(x, k, w, tk, beta=beta, chunk_size=5, reduction="none")
+        return dense + head
+
+    for axes in ((0, 0, None), (0, None, None)):
+        w = W if axes[1] == 0 else W[0]
+        mapped = jax.vmap(one, axes)
+        whole = np.broadcast_to(w, W.shape)
+        assert_close(mapped(X, w, k), batch(X, whole, k), 32)
+        found = jax.grad(lambda *a, f=mapped: f(*a).sum(), (0, 2))(X, w, k)
+        wanted = jax.grad(lambda *a: batch(*a).sum(), (0, 2))(X, whole, k)
+        jax.tree.map(lambda a, b: assert_close(a, b, 64), found, wanted)
+
+
+def split_calls():
+    """Functions of arrays, axis names and a module, the arrays, and which axes split each."""
+    random = np.random.default_rng(7)
+
+    def drawn(*shape):
+        return random.normal(size=shape).astype("float32")
+
+    s = random.uniform(0.5, 2, 8).astype("float32")
+    s[3] = 0
+    mask = np.arange(12) != 7
+    shared = {"s": s, "m": mask, "t": np.float32(1.3), "b": np.float32(0.4)}
+    specs = {"s": ("data",), "m": ("model",), "t": (), "b": ()}
+
+    def options(a, beta):
+        beta = a["b"] if beta is None else beta
+        return {"sample_weight": a["s"], "class_mask": a["m"], "temperature": a["t"], "beta": beta}
+
+    def dense(a, names, beta):
+        return jaxent.distillation(a["x"], a["w"], **options(a, beta), **names)
+
+    def head(a, names, beta):
+        names = {"width_axis_name": "data", **names} if names else {}
+        return jaxent.linear_distillation(
+            a["h"], a["k"], a["th"], a["tk"], bias=a["bias"], teacher_class_axis=0, **names,
+            **options(a, beta),
+        )  # fmt: skip
+
+    logits = {"x": drawn(8, 12), "w": drawn(8, 12)}
+    heads = {
+        "h": drawn(8, 4),
+        "k": drawn(4, 12),
+        "th": drawn(8, 6),
+        "tk": drawn(12, 6),
+        "bias": drawn(12),
+    }
+    specs |= {"x": ("data", "model"), "w": ("data", "model"), "bias": ("model",)}
+    specs |= {"h": ("data",), "th": ("data",), "k": ("data", "model"), "tk": ("model", "data")}
+    return {"dense": (dense, logits | shared), "head": (head, heads | shared)}, specs
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, None])
+@pytest.mark.parametrize("name", ["dense", "head"])
+@pytest.mark.parametrize("where", ["gradient outside", "gradient inside", "explicit mesh"])
+def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, where):
+    cases, specs = split_calls()
+    function, arrays = cases[name]
+    floats = [k for k in arrays if k not in ("m", "w", "th", "tk")]
+    kind = AxisType.Explicit if where == "explicit mesh" else AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    names = {"axis_name": "data", "class_axis_name": "model"}
+    spec = {k: P(*specs[k]) for k in arrays}
+
+    def with_gradients(f):
+        def run(arrays):
+            rest = {k: v for k, v in arrays.items() if k not in floats}
+            return jax.value_and_grad(lambda x: f(rest | x))({k: arrays[k] for k in floats})
+
+        return run
+
+    wanted = jax.jit(with_gradients(lambda a: function(a, {}, beta)))(arrays)
+    if where == "explicit mesh":
+        with jax.set_mesh(mesh):
+            placed = {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in arrays.items()}
+            found = jax.jit(with_gradients(lambda a: function(a, {}, beta)))(placed)
+    elif where == "gradient outside":
+        mapped = jax.shard_map(
+            lambda a: function(a, names, beta), mesh=mesh, in_specs=(spec,), out_specs=P()
+        )
+        found = jax.jit(with_gradients(mapped))(arrays)
+    else:
+        mapped = jax.shard_map(
+            with_gradients(lambda a: function(a, names, beta)),
+            mesh=mesh,
+            in_specs=(spec,),
+            out_specs=(P(), {k: spec[k] for k in floats}),
+        )
+        found = jax.jit(mapped)(arrays)
+    jax.tree.map(lambda a, b: assert_close(a, b, 64), *map(jax.device_get, (found, wanted)))
+
+
+H, K = X[:, :5], np.random.default_rng(8).normal(size=(5, 40)).astype("float32")
+T = np.random.default_rng(9).normal(size=(9, 40)).astype("float32")
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.grad])
+def test_law_14_a_second_eager_call_traces_and_compiles_nothing(transform):
+    def calls(beta, temperature, sample_weight):
+        keywords = {"beta": beta, "temperature": temperature, "sample_weight": sample_weight}
+        dense = transform(lambda x: jaxent.distillation(x, W, **keywords))
+        head = transform(lambda h: jaxent.linear_distillation(h, K, W, T, **keywords))
+        jax.block_until_ready((dense(X), head(H)))
+
+    for beta in (0.0, 0.25):
+        for _ in range(2):
+            calls(beta, 2.0, np.ones(6))
+        with counting():
+            calls(beta if beta == 0 else 0.75, 3.0, np.zeros(6))
+
+
+def test_law_14_a_program_has_no_effects():
+    for f in (jax.grad, jax.hessian):
+        loss = lambda h: jaxent.linear_distillation(h, K, W, T, beta=0.5)  # noqa: E731
+        jaxpr = jax.make_jaxpr(f(loss))(H)
+        assert not jaxpr.effects
+        assert "callback" not in str(jaxpr)
+
+
+def shape(*sizes, dtype="float32"):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def scratch(function, *arguments):
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_memory_is_that_of_linear_cross_entropy(beta):
+    h, k, y = shape(2048, 256), shape(256, 65536), shape(2048, dtype="int32")
+    th, tk = shape(2048, 512), shape(512, 65536)
+
+    def loss(h, k, th, tk):
+        return jaxent.linear_distillation(h, k, th, tk, beta=beta)
+
+    def cross_entropy(h, k, y):
+        return jaxent.linear_cross_entropy(h, k, y, ignore_index=None)
+
+    with forced(made_forward=False):
+        limit = 1.5 * scratch(jax.value_and_grad(cross_entropy, (0, 1)), h, k, y)
+    assert scratch(jax.value_and_grad(loss, (0, 1)), h, k, th, tk) <= limit
+
+    def second(h, k, th, tk):
+        return jax.jvp(lambda h, k: jax.grad(loss, (0, 1))(h, k, th, tk), (h, k), (h, k))[1]
+
+    gradients = 4 * (2048 * 256 + 256 * 65536)
+    assert scratch(second, h, k, th, tk) <= gradients + 2**25
+
+
+def test_the_first_order_goes_over_the_heads_once_for_each_sum_and_gradient():
+    """Eight products: of each head for its normalizer, the terms and the gradients; and those."""
+    loss = lambda h, k: jaxent.linear_distillation(h, k, W, T)  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(H, K)
+    assert str(jaxpr).count("dot_general[") == 8
+
+
+# ---- Errors ----------------------------------------------------------------------------------
+
+WRONG = {
+    "beta": ({"beta": 1.5}, ValueError, r"beta must be in \[0, 1\], got 1.5"),
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature must be positive, got 0.0"),
+    "negative": ({"temperature": -1}, ValueError, "temperature must be positive, got -1"),
+    "targets": ({"targets": np.zeros(5, int)}, ValueError, r"targets are .*must be \[6\]"),
+    "soft": ({"targets": np.ones((6, 9))}, TypeError, "only say which examples are ignored"),
+    "softcap": ({"teacher_softcap": 0}, ValueError, "teacher_softcap must be a positive"),
+    "scale": ({"teacher_logit_scale": X}, ValueError, "teacher_logit_scale must be a scalar"),
+    "reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_named(case):
+    keywords, error, message = WRONG[case]
+    for call in (
+        lambda: jaxent.distillation(X, W, **keywords),
+        lambda: reference.distillation(X, W, **keywords),
+        lambda: jaxent.linear_distillation(X, np.eye(9), W, np.eye(9), **keywords),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_heads_that_do_not_fit_are_named():
+    eye = np.eye(9, dtype="float32")
+    for arguments, message in (
+        ((X, eye, W[:4], eye), "must have the same tokens"),
+        ((X, eye, W, eye[:, :5]), "must have the same classes"),
+        ((X, eye, W[:, :5], eye), r"teacher_hidden is .*the teacher_kernel must be \[5, C\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jaxent.linear_distillation(*arguments)
+    with pytest.raises(ValueError, match="logits are .*teacher_logits .*the same shape"):
+        jaxent.distillation(X, W[:, :5])
+    with pytest.raises(ValueError, match="teacher_bias is .*it must be"):
+        jaxent.linear_distillation(X, eye, W, eye, teacher_bias=np.zeros(3))
+    with pytest.raises(TypeError, match="jaxent.reference.distillation"):
+        jax.jvp(lambda x: jaxent.distillation(x, W), (X,), (X,))
+
+
+def test_a_traced_number_out_of_range_is_nan():
+    for keywords in ({"beta": 0.0}, {"beta": 1.0}, {"beta": -0.1}, {"temperature": 0.0}):
+        traced = {k: jnp.float32(v) for k, v in keywords.items()}
+        assert np.isnan(jaxent.distillation(X, W, **traced))
+        assert np.isnan(jaxent.linear_distillation(X, T, W, T, **traced))
