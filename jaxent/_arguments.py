@@ -11,8 +11,9 @@ import functools
 import inspect
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from jax.typing import ArrayLike
 
 from ._numerics import compute_dtype, widened_dtype
 from ._sparse import SparseTargets
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ArrayOrList = ArrayLike | Sequence[Any]
 TargetsLike = ArrayOrList | SparseTargets
@@ -437,6 +441,21 @@ def read_distilled_targets(
             f"targets are {describe(targets)}: they must be {list(shape)}, one for each example"
         )
     return (targets, ignored) if ignored is not None else (None, None)
+
+
+def of_teacher(read: Callable[P, R]) -> Callable[P, R]:
+    """Return a check of a student's argument as one of the teacher's, whose errors name that."""
+
+    @functools.wraps(read)
+    def check(*args: P.args, **keywords: P.kwargs) -> R:
+        try:
+            return read(*args, **keywords)
+        except (TypeError, ValueError) as error:
+            names = r"\b(hidden|kernel|bias|class_axis|logit_scale|softcap)\b"
+            kind, message = type(error), re.sub(names, r"teacher_\1", str(error))
+        raise kind(message)
+
+    return check
 
 
 def read_softcap(softcap: Any) -> float | None:

@@ -11,9 +11,7 @@ classes at a time (`_head/divergence.py`).
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,7 @@ from ._arguments import (
     Reduction,
     check_reduction,
     describe,
+    of_teacher,
     read_array,
     read_axis,
     read_beta,
@@ -64,9 +63,6 @@ from ._xla import zeros_like
 # XLA's CPU compiler holds so many arrays of a chunk's logits, of both heads and what is made of
 # them, where the loss alone holds one; chunks are as much smaller there (jax 0.12.0.1).
 CPU_ARRAYS, CPU_ARRAYS_BETWEEN = 4, 8
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -582,18 +578,3 @@ def reduced(
     weights = zeros_like(divergence) + 1 if sample_weight is None else sample_weight
     divergence, weights = (jax.lax.squeeze(x, (axis,)) for x in (divergence, weights))
     return reduce([(weights * divergence, weights)], reduction, examples)
-
-
-def of_teacher(read: Callable[P, R]) -> Callable[P, R]:
-    """Return a check of a student's argument as one of the teacher's, whose errors name that."""
-
-    @functools.wraps(read)
-    def check(*args: P.args, **keywords: P.kwargs) -> R:
-        try:
-            return read(*args, **keywords)
-        except (TypeError, ValueError) as error:
-            names = r"\b(hidden|kernel|bias|class_axis|logit_scale|softcap)\b"
-            kind, message = type(error), re.sub(names, r"teacher_\1", str(error))
-        raise kind(message)
-
-    return check

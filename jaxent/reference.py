@@ -27,6 +27,7 @@ from ._arguments import (
     check_reduction,
     check_return_stats,
     is_of_all_classes,
+    of_teacher,
     read_array,
     read_axis,
     read_beta,
@@ -314,7 +315,8 @@ def linear_distillation(
 
     read_distilled_targets(targets, ignore_index, jnp.shape(hidden)[:-1])
     x = logits(hidden, kernel, bias, class_axis)
-    w = logits(teacher_hidden, teacher_kernel, teacher_bias, teacher_class_axis)
+    of_teachers = teacher_hidden, teacher_kernel, teacher_bias, teacher_class_axis
+    w = of_teacher(logits)(*of_teachers)
     if x.shape != w.shape:
         raise ValueError(f"logits are {list(x.shape)}, the teacher's {list(w.shape)}")
     examples = x.shape, x.ndim - 1, targets, ignore_index, sample_weight, class_mask
@@ -401,7 +403,7 @@ def _distillation(
     b = jnp.asarray(0 if beta is None else beta, dtype)
     b += _nan_where((kind == "between") & ~((b > 0) & (b < 1)), dtype)
     student = _logits(x, mask, *transforms[0])
-    teacher = _logits(w, mask, *transforms[1])
+    teacher = of_teacher(_logits)(w, mask, *transforms[1])
 
     def log_softmax(logits: Array) -> Array:
         finite = jnp.where(jnp.isinf(logits), 0, logits).astype(dtype)

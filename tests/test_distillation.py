@@ -584,7 +584,7 @@ def test_memory_is_that_of_linear_cross_entropy(beta):
         return jax.jvp(lambda h, k: jax.grad(loss, (0, 1))(h, k, th, tk), (h, k), (h, k))[1]
 
     gradients = 4 * (2048 * 256 + 256 * 65536)
-    assert scratch(second, h, k, th, tk) <= gradients + 2**25
+    assert scratch(second, h, k, th, tk) <= 2**25
 
 
 def test_the_first_order_goes_over_the_heads_once_for_each_sum_and_gradient():
@@ -629,11 +629,11 @@ def test_heads_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             jaxent.linear_distillation(*arguments)
-    with pytest.raises(ValueError, match="logits are .*teacher_logits .*the same shape"):
+    with pytest.raises(ValueError, match=r"logits are .*teacher_logits .*the same shape"):
         jaxent.distillation(X, W[:, :5])
-    with pytest.raises(ValueError, match="teacher_bias is .*it must be"):
+    with pytest.raises(ValueError, match=r"teacher_bias is .*it must be"):
         jaxent.linear_distillation(X, eye, W, eye, teacher_bias=np.zeros(3))
-    with pytest.raises(TypeError, match="jaxent.reference.distillation"):
+    with pytest.raises(TypeError, match=r"jaxent.reference.distillation"):
         jax.jvp(lambda x: jaxent.distillation(x, W), (X,), (X,))
 
 

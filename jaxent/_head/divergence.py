@@ -135,6 +135,7 @@ def head_divergences(
       classes: mapped axes over which the classes are split.
     """
     heads = heads._replace(teacher=jax.lax.stop_gradient(heads.teacher))
+    uncounted = fixed.student.uncounted
     heads, fixed, coolness, beta, sample_weight = vary_alike(
         heads, fixed, coolness, beta, sample_weight
     )
@@ -149,7 +150,7 @@ def head_divergences(
     floats = Floats(heads, rests, coolness, beta)
     parts = _streamed_terms(plans, floats, fixed, shifts, sample_weight)
     sums = psum(parts, classes)
-    lost = fixed.student.uncounted & ~jnp.isfinite(jax.lax.stop_gradient(sums.divergence))
+    lost = uncounted & ~jnp.isfinite(jax.lax.stop_gradient(sums.divergence))
     sums = jax.tree.map(lambda x: jnp.where(lost, 0, x), sums)
     varying = vary_alike(parts.divergence, floats, fixed, shifts, sums)
     return jnp.where(lost, 0, psum(_with_gradient(plans, *varying), classes))
@@ -237,8 +238,7 @@ def _streamed_rest_jvp(
         softmax = _softmax(plan, chunk, fixed, shift)
         return rest_of(-1, softmax, chunk.class_mask, coolness)
 
-    floats = head, coolness
-    d_floats = _instantiate(floats, (tangents[0], tangents[2]))
+    floats, d_floats = (head, coolness), (tangents[0], tangents[2])
     d_rest = _sum_of_tangents(plan, head, local, floats, d_floats, jnp.zeros_like(rest))
     return (shift, rest), (jnp.zeros_like(shift), d_rest)
 
@@ -287,10 +287,9 @@ def _streamed_terms_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Sums
         softmaxes = _softmaxes(finer, chunks, fixed, shifts, floats.rests)
         return _chunk_sums(finer, softmaxes, chunks, floats.coolness, floats.beta)
 
-    d_floats = _instantiate(floats, tangents[0])
     zeros = jax.tree.map(jnp.zeros_like, sums)
     head = floats.heads.student
-    return sums, _sum_of_tangents(finer.student, head, local, floats, d_floats, zeros)
+    return sums, _sum_of_tangents(finer.student, head, local, floats, tangents[0], zeros)
 
 
 _streamed_terms.defjvp(_streamed_terms_jvp, symbolic_zeros=True)
@@ -333,22 +332,22 @@ def _gradients_pass(
     return _cast(gradients, head).by_token(blocks.back), *scalars
 
 
-@_gradients.defjvp
 def _gradients_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Any, Any]:
     floats, fixed, shifts = primals
     head = floats[0].heads.student
+    moving, d_moving, put_back = _moving(floats, tangents[0])
     finer = plans.both(lambda plan: _finer(whole(plan)))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total: Any, i: Array) -> tuple[Any, None]:
-        def part(floats: tuple[Floats, Around]) -> Any:
-            of_heads, around = floats
+        def part(moving: Any) -> Any:
+            of_heads, around = put_back(moving)
             chunks = _read_chunks(finer, of_heads.heads, fixed, i)
             softmaxes = _softmaxes(finer, chunks, fixed, shifts, of_heads.rests)
             gradients, scalars = _chunk_gradients(finer, softmaxes, chunks, of_heads, around)
             return (scatter_width(finer.student, gradients), scalars), chunks.student.start
 
-        _, (d_part, more), start = jax.jvp(part, (floats,), tangents[:1], has_aux=True)
+        _, (d_part, more), start = jax.jvp(part, (moving,), (d_moving,), has_aux=True)
         gradients, scalars = total
         gradients = accumulate(finer.student, head, gradients, d_part, start, scatter_slice)
         return (gradients, jax.tree.map(jnp.add, scalars, more)), None
@@ -356,6 +355,9 @@ def _gradients_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Any, Any]
     zeros = zero_gradients(finer.student, head), _zero_scalars(finer, head)
     (d_gradients, d_scalars), _ = jax.lax.scan(step, zeros, chunk_numbers(finer.student, head))
     return _gradients(plans, *primals), (_cast(d_gradients, head), *d_scalars)
+
+
+_gradients.defjvp(_gradients_jvp, symbolic_zeros=True)
 
 
 # ---- A chunk ---------------------------------------------------------------------------------
@@ -428,12 +430,22 @@ def _asked(plan: Plan, d_sample_weight: Any) -> Plan:
     return plan if isinstance(d_sample_weight, SymbolicZero) else whole(plan)
 
 
-def _instantiate(floats: R, tangents: Any) -> R:
-    def array(x: Array, tangent: Any) -> Array:
-        return jnp.zeros_like(x) if isinstance(tangent, SymbolicZero) else tangent
+def _moving(floats: R, tangents: Any) -> tuple[list[Array], list[Array], Callable[[Any], R]]:
+    """Return what has tangents, those, and a function that puts it back among what has none.
 
-    instantiated: R = jax.tree.map(array, floats, tangents)
-    return instantiated
+    The zeros of a teacher's kernel would be as large as it is.
+    """
+    leaves, structure = jax.tree.flatten(floats)
+    d_leaves = jax.tree.leaves(tangents, is_leaf=lambda x: isinstance(x, SymbolicZero))
+    moves = [not isinstance(tangent, SymbolicZero) for tangent in d_leaves]
+
+    def put_back(moving: Any) -> R:
+        found = iter(moving)
+        whole: R = structure.unflatten([next(found) if m else x for x, m in zip(leaves, moves)])
+        return whole
+
+    moving, d_moving = ([x for x, m in zip(xs, moves) if m] for xs in (leaves, d_leaves))
+    return moving, d_moving, put_back
 
 
 def _sum_of_tangents(
@@ -441,18 +453,20 @@ def _sum_of_tangents(
 ) -> R:
     """Return the tangent of the sum of `local(floats, i)` over chunks, which holds none of them."""
 
+    moving, d_moving, put_back = _moving(floats, d_floats)
+
     # A program of its own: JAX leaves out the transpose of that where the cotangent is 0, as it is
     # here in first order, and of a scan it does not (jax 0.10.2 to 0.12.0.1).
     @jax.jit
-    def scanned(d_floats: Any) -> Any:
+    def scanned(d_moving: Any) -> Any:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def step(total: Any, i: Array) -> tuple[Any, None]:
-            part = jax.jvp(lambda floats: local(floats, i), (floats,), (d_floats,))[1]
+            part = jax.jvp(lambda moving: local(put_back(moving), i), (moving,), (d_moving,))[1]
             return jax.tree.map(jnp.add, total, part), None
 
         return jax.lax.scan(step, vary_like(head.hidden, zeros), chunk_numbers(plan, head))[0]
 
-    summed: R = scanned(d_floats)
+    summed: R = scanned(d_moving)
     return summed
 
 
