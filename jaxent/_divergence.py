@@ -187,10 +187,13 @@ def divergence_gradients(
     # 0 for a row that is not counted, whose share may be of a kernel that is NaN.
     is_asked = cotangent != 0
 
+    def times_cotangent(slope: Array) -> Array:
+        product = cotangent * slope
+        asked = is_asked | jnp.isfinite(product)
+        return jnp.where(asked if class_mask is None else asked & class_mask, product, 0)
+
     def by_logit(slope: Array, probability: Array, total: Array) -> Array:
-        d_centred = cotangent * (slope - probability * total)
-        d_centred = jnp.where(is_asked | jnp.isfinite(d_centred), d_centred, 0)
-        return d_centred if class_mask is None else jnp.where(class_mask, d_centred, 0)
+        return times_cotangent(slope - probability * total)
 
     d_student = by_logit(by_student, ratios.q, sums.by_student)
     d_coolness, d_beta = None, None
@@ -201,7 +204,7 @@ def divergence_gradients(
             + d_teacher * _finite(teacher.centred(class_mask, None))
         )
     if form.by_beta:
-        d_beta = jnp.sum(jnp.where(is_asked, cotangent * _slope_of_beta(ratios, beta), 0))
+        d_beta = jnp.sum(times_cotangent(_slope_of_beta(ratios, beta)))
     d_z = d_student if coolness is None else d_student * coolness
     logits = student.logits
     d_logits, d_transform = student.transform.gradients(logits, d_z.astype(compute_dtype(logits)))

@@ -1,4 +1,4 @@
-"""Distillation: divergences from a teacher, of logits and of two heads whose logits nobody holds."""
+"""Distillation: divergences from a teacher, of logits and of two heads whose logits nobody has."""
 
 import dataclasses
 import inspect
@@ -21,6 +21,7 @@ from calls import (
 from hypothesis import given
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded import jit
 from test_call_cost import counting
 
 import jaxent
@@ -54,7 +55,7 @@ class Call:
             return jnp.sum(loss * (self.cotangent if loss.ndim else 1)), loss
 
         with jax.enable_x64(self.is_wide):
-            (_, loss), gradients = jax.jit(jax.value_and_grad(scalar, has_aux=True))(self.floats)
+            (_, loss), gradients = jit(jax.value_and_grad(scalar, has_aux=True))(self.floats)
             return jax.tree.map(np.asarray, (loss, gradients))
 
     @property
@@ -153,14 +154,14 @@ def head_calls(draw, options=OPTIONS, shapes=HEAD_SHAPES, dtypes=DTYPES, **keywo
 # ---- Law 2 and law 15: the formula -----------------------------------------------------------
 
 
-@examples(60)
+@examples(25)
 @given(calls())
 def test_law_2_distillation_equals_its_reference(call):
     assert_same(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@examples(30)
+@examples(10)
 @given(head_calls())
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
@@ -225,48 +226,42 @@ def test_beta_0_is_the_cross_entropy_of_the_teacher_less_its_entropy():
 # ---- Exactness -------------------------------------------------------------------------------
 
 
-@st.composite
-def hard_calls(draw):
-    """Logits of any size, nearly the same or not, at any temperature, in float32."""
-    size = draw(st.sampled_from([0.1, 3.0, 100.0, 1e4]))
-    difference = draw(st.sampled_from([1e-5, 1e-3, 0.1, 3.0, 100.0]))
-    call = draw(calls((), [((3, 17), 1)], ["float32"], size, (0.0, 1.0, 0.5, 0.02, 0.98)))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    teacher = call.floats["logits"] + difference * random.normal(size=(3, 17))
-    return call.replace(
-        teacher_logits=teacher.astype("float32"),
-        temperature=draw(st.sampled_from([0.1, 0.7, 1.0, 10.0])),
-    )
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.5, 0.02, 0.98])
+@examples(20)
+@given(
+    st.sampled_from([0.1, 3.0, 100.0, 1e4]),
+    st.sampled_from([1e-5, 1e-3, 0.1, 3.0, 100.0]),
+    st.sampled_from([0.1, 0.7, 3.0, 10.0]),
+    st.integers(0, 2**32 - 1),
+)
+def test_loss_and_gradient_are_exact_to_a_few_roundings(beta, size, difference, temperature, seed):
+    random = np.random.default_rng(seed)
+    x = (size * random.normal(size=(16, 17))).astype("float32")
+    w = (x + difference * random.normal(size=x.shape)).astype("float32")
 
+    def run(x, w):
+        keywords = {"beta": beta, "temperature": temperature, "reduction": "none"}
+        loss, pull = jax.vjp(lambda x: jaxent.distillation(x, w, **keywords), x)
+        return loss, pull(jnp.ones_like(loss))[0], reference.distillation(x, w, **keywords)
 
-@examples(80)
-@given(hard_calls())
-def test_loss_and_gradient_are_exact_to_a_few_roundings_of_their_own_size(call):
-    loss, gradients = call.run(jaxent.distillation)
-    wide = call.widened()
-    wanted, wanted_gradients = wide.run(jaxent.distillation)
-    expected, _ = wide.run(reference.distillation)
+    loss, gradient, _ = run(x, w)
+    with jax.enable_x64(True):
+        x, w = x.astype("float64"), w.astype("float64")
+        wanted, wanted_gradient, expected = map(np.asarray, run(x, w))
     np.testing.assert_allclose(wanted, expected, rtol=1e-6, atol=1e-13)
     # A rounding of the normalizers enters the loss squared.
     unit = eps("float32")
     assert np.all(np.abs(loss - wanted) <= 32 * unit * wanted + (8 * unit) ** 2)
-    # Of the student's formula q (g - sum q g), where g may be the same for all classes.
-    x, w = (v / call.others["temperature"] for v in (wide.floats["logits"], teacher_of(wide)))
-    log_q, log_p = (v - np.logaddexp.reduce(v, -1, keepdims=True) for v in (x, w))
-    beta = call.others["beta"]
-    if beta == 0:
-        size = wanted_gradients["logits"] / call.cotangent[:, None]
-    else:
-        log_b = np.log(beta) if beta < 1 else 0
-        log_m = np.logaddexp(log_b + log_p, np.log1p(-beta) + log_q) if beta < 1 else log_p
-        size = np.exp(log_q) * (log_q - log_m)
-    size = np.abs(call.cotangent[:, None] * size).max(-1, keepdims=True)
-    error = np.abs(gradients["logits"] - wanted_gradients["logits"])
-    assert np.all(error <= 64 * unit * size + 1e-37)
-
-
-def teacher_of(call):
-    return call.others["teacher_logits"]
+    size = wanted_gradient
+    if beta > 0:  # q (g - sum q g), where g may be nearly the same for all classes
+        log_q, log_p = (
+            v / temperature - np.logaddexp.reduce(v / temperature, -1, keepdims=True)
+            for v in (x, w)
+        )
+        mixed = np.logaddexp(np.log(beta) + log_p, np.log1p(-min(beta, 0.999)) + log_q)
+        size = np.exp(log_q) * (log_q - (mixed if beta < 1 else log_p))
+    size = np.abs(size).max(-1, keepdims=True)
+    assert np.all(np.abs(gradient - wanted_gradient) <= 64 * unit * size + 1e-37)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
@@ -316,41 +311,35 @@ def test_a_class_that_one_of_them_excludes():
     assert_close(both, jaxent.distillation(np.float32([[0, 1]]), np.float32([[0, 0]])), 4)
 
 
-@examples(10)
-@given(st.data())
-def test_law_8_what_is_excluded_or_does_not_count_acts_as_deleted(data):
-    beta = data.draw(st.sampled_from([0.0, 1.0, 0.3]))
-    random = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    kept, exists = random.uniform(size=6) < 0.6, random.uniform(size=9) < 0.7
-    kept[0] = exists[0] = True
-    bad = np.where(~(kept[:, None] & exists), random.choice([np.nan, np.inf, -np.inf]), X)
-    bad_w = np.where(~(kept[:, None] & exists), random.choice([np.nan, np.inf, -np.inf]), W)
-    weights = {
-        "targets": np.where(kept, 3, -100),
-        "sample_weight": kept.astype("float32"),
-    }
-    name = data.draw(st.sampled_from(list(weights)))
-    keywords = {name: weights[name], "class_mask": exists, "beta": beta, "temperature": 0.8}
+@pytest.mark.parametrize("name", ["targets", "sample_weight"])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+def test_law_8_what_is_excluded_or_does_not_count_acts_as_deleted(name, beta):
+    kept, exists = np.arange(6) % 4 != 1, np.arange(9) % 3 != 2
+    outside = ~(kept[:, None] & exists)
+    random = np.random.default_rng(6)
+    x, w = (
+        np.where(outside, random.choice([np.nan, np.inf, -np.inf], v.shape), v).astype("float32")
+        for v in (X, W)
+    )
+    weights = {"targets": np.where(kept, 3, -100), "sample_weight": kept.astype("float32")}
+    keywords = {name: weights[name], "class_mask": exists}
 
-    def loss(x, w, **keywords):
-        return jaxent.distillation(x, w, **keywords)
+    def twice(x, w, **keywords):
+        """The loss, and the gradients of first and second order."""
 
-    def gradient_norm(x, w, **keywords):
-        return jnp.sum(jax.grad(loss)(x, w, **keywords) ** 2)
+        def loss(x):
+            return jaxent.distillation(x, w, beta=beta, temperature=0.8, **keywords)
+
+        squared = jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))
+        return loss(x), jax.grad(loss)(x), squared(x)
 
     part = np.ix_(kept, exists)
-    for f in (loss, gradient_norm):
-        value, gradient = jax.jit(
-            jax.value_and_grad(lambda x, f=f: f(x, bad_w.astype("float32"), **keywords))
-        )(bad.astype("float32"))
-        wanted, wanted_gradient = jax.jit(
-            jax.value_and_grad(lambda x, f=f: f(x, W[part], beta=beta, temperature=0.8))
-        )(X[part])
-        assert_close(value, wanted, 32)
-        assert_close(gradient[part], wanted_gradient, 32)
-        outside = np.ones(X.shape, bool)
-        outside[part] = False
-        np.testing.assert_array_equal(np.asarray(gradient)[outside], 0)
+    loss, *gradients = jit(lambda x: twice(x, w, **keywords))(x)
+    wanted, *wanted_gradients = jit(twice)(X[part], W[part])
+    assert_close(loss, wanted, 32)
+    for found, gradient in zip(gradients, wanted_gradients):
+        assert_close(np.asarray(found)[part], gradient, 32)
+        np.testing.assert_array_equal(np.asarray(found)[outside], 0)
 
 
 def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
@@ -378,8 +367,10 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
 # ---- Second order ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
-@pytest.mark.parametrize("name", ["distillation", "linear_distillation"])
+@pytest.mark.parametrize(
+    ("name", "beta"),
+    [("distillation", b) for b in (0.0, 1.0, 0.3)] + [("linear_distillation", 0.3)],
+)
 def test_second_order_equals_the_reference(name, beta):
     random = np.random.default_rng(5)
     s = np.float32([1, 0, 2, 0.5, 0, 1])
@@ -419,14 +410,14 @@ def test_second_order_equals_the_reference(name, beta):
 
         return gradient(arrays), forward, jax.grad(product)(arrays)
 
-    found, wanted = (jax.jit(along, static_argnums=0)(m) for m in (jaxent, reference))
+    found, wanted = (jit(along, static_argnums=0)(m) for m in (jaxent, reference))
     jax.tree.map(lambda a, b: assert_close(a, b, 256), found, wanted)
 
 
 # ---- Transformations, shards, cost -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("beta", [0.3])
 def test_law_12_vmap_of_one_example_equals_the_batch(beta):
     k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
 
@@ -489,8 +480,9 @@ def split_calls():
     return {"dense": (dense, logits | shared), "head": (head, heads | shared)}, specs
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, None])
-@pytest.mark.parametrize("name", ["dense", "head"])
+@pytest.mark.parametrize(
+    ("name", "beta"), [("dense", 0.0), ("dense", None), ("head", 1.0), ("head", None)]
+)
 @pytest.mark.parametrize("where", ["gradient outside", "gradient inside", "explicit mesh"])
 def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, where):
     cases, specs = split_calls()
@@ -508,16 +500,16 @@ def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, where):
 
         return run
 
-    wanted = jax.jit(with_gradients(lambda a: function(a, {}, beta)))(arrays)
+    wanted = jit(with_gradients(lambda a: function(a, {}, beta)))(arrays)
     if where == "explicit mesh":
         with jax.set_mesh(mesh):
             placed = {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in arrays.items()}
-            found = jax.jit(with_gradients(lambda a: function(a, {}, beta)))(placed)
+            found = jit(with_gradients(lambda a: function(a, {}, beta)))(placed)
     elif where == "gradient outside":
         mapped = jax.shard_map(
             lambda a: function(a, names, beta), mesh=mesh, in_specs=(spec,), out_specs=P()
         )
-        found = jax.jit(with_gradients(mapped))(arrays)
+        found = jit(with_gradients(mapped))(arrays)
     else:
         mapped = jax.shard_map(
             with_gradients(lambda a: function(a, names, beta)),
@@ -525,7 +517,7 @@ def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, where):
             in_specs=(spec,),
             out_specs=(P(), {k: spec[k] for k in floats}),
         )
-        found = jax.jit(mapped)(arrays)
+        found = jit(mapped)(arrays)
     jax.tree.map(lambda a, b: assert_close(a, b, 64), *map(jax.device_get, (found, wanted)))
 
 
@@ -583,8 +575,7 @@ def test_memory_is_that_of_linear_cross_entropy(beta):
     def second(h, k, th, tk):
         return jax.jvp(lambda h, k: jax.grad(loss, (0, 1))(h, k, th, tk), (h, k), (h, k))[1]
 
-    gradients = 4 * (2048 * 256 + 256 * 65536)
-    assert scratch(second, h, k, th, tk) <= 2**25
+    assert scratch(second, h, k, th, tk) <= 36e6  # a kernel's gradient is 67 MB
 
 
 def test_the_first_order_goes_over_the_heads_once_for_each_sum_and_gradient():

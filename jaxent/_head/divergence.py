@@ -452,7 +452,6 @@ def _sum_of_tangents(
     plan: Plan, head: Head, local: Callable[..., R], floats: Any, d_floats: Any, zeros: R
 ) -> R:
     """Return the tangent of the sum of `local(floats, i)` over chunks, which holds none of them."""
-
     moving, d_moving, put_back = _moving(floats, d_floats)
 
     # A program of its own: JAX leaves out the transpose of that where the cotangent is 0, as it is
