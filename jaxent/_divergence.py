@@ -28,7 +28,7 @@ from ._axes import Names, psum, vary_alike
 from ._dense import row_max
 from ._numerics import compute_dtype
 from ._rows import Transform, centre
-from ._xla import sum_classes
+from ._xla import class_numbers, sum_classes
 
 Kind = Literal["forward", "reverse", "between"]
 # Below it, exp(x) - 1 - x is summed up as a series; from it on, expm1(x) - x loses two bits.
@@ -102,31 +102,25 @@ def _finite(x: Array) -> Array:
 # ---- The rest of a softmax -------------------------------------------------------------------
 
 
-def rest_of(axis: int, softmax: Softmax, class_mask: Any, coolness: Any) -> Array:
-    """Return sum exp(c) - 1, of the classes that are there; -1 where there is none.
+def rest_of(axis: int, softmax: Softmax, class_mask: Any, coolness: Any, apart: Array) -> Array:
+    """Return sum exp(c) of the classes that are there, but for one: `apart`, (..., 1, ...).
 
-    The classes of the largest logit are counted, not summed: beside them a small rest keeps its
-    digits.
+    That is the class of the largest logit, beside which a small rest keeps its digits; < 0 for
+    none. It is known by its number, as its c is not 0 wherever it is computed: XLA's CPU compiler
+    may make one operation, rounded once, of the logit's product and the shift's difference.
     """
-    return _rest(axis, softmax.centred(class_mask, coolness))
+    return _rest(axis, softmax.centred(class_mask, coolness), apart)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rest(axis: int, centred: Array) -> Array:
-    rest, largest = rest_and_largest(axis, centred)
-    return rest + (largest - 1)
+def _rest(axis: int, centred: Array, apart: Array) -> Array:
+    is_other = class_numbers(centred, axis) != apart
+    return sum_classes(axis, jnp.where(is_other, jnp.exp(centred), 0))
 
 
 @_rest.defjvp
 def _rest_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _rest(axis, *primals), sum_classes(axis, jnp.exp(primals[0]) * tangents[0])
-
-
-def rest_and_largest(axis: int, centred: Array) -> tuple[Array, Array]:
-    """Return the sum of exp(c) over the classes below the largest, and how many those are not."""
-    is_largest = centred == 0
-    below = sum_classes(axis, jnp.where(is_largest, 0, jnp.exp(centred)))
-    return below, sum_classes(axis, is_largest.astype(centred.dtype))
 
 
 def moved(change: Array, rest: Array, coolness: Any) -> Array:
@@ -217,24 +211,25 @@ def _ratios(student: Softmax, teacher: Softmax, class_mask: Any, coolness: Any) 
         jnp.exp(_cooled(distance, coolness)) / (1 + softmax.rest)
         for distance, softmax in ((d_q, student), (d_p, teacher))
     )
-    neither = jnp.isneginf(d_q) & jnp.isneginf(d_p)
-    difference = jnp.where(neither, 0, d_q) - jnp.where(neither, 0, d_p)
-    lost = _lost_digits(*jax.lax.stop_gradient((student, teacher, d_q, d_p)))
     normalizers = jnp.log1p(student.rest) - jnp.log1p(teacher.rest)
-    return _Ratios(p, q, _cooled(difference + lost, coolness) - normalizers)
+    difference = _difference(student, teacher, d_q, d_p)
+    return _Ratios(p, q, _cooled(difference, coolness) - normalizers)
 
 
-def _lost_digits(student: Softmax, teacher: Softmax, d_q: Array, d_p: Array) -> Array:
-    """Return what the distances from the largest logits have lost of their difference.
+def _difference(student: Softmax, teacher: Softmax, d_q: Array, d_p: Array) -> Array:
+    """Return the difference of the distances from the largest logits, 0 where both are infinite.
 
     Nearly equal logits z and w have the difference (z - w) - (max z - max w) without a rounding,
     where (z - max z) - (w - max w) has those of both distances.
     """
-    z, w = (_finite(x.transform(x.logits).astype(x.shift.dtype)) for x in (student, teacher))
-    apart, shifts = z - w, student.shift - teacher.shift
-    is_nearer = jnp.abs(apart) + jnp.abs(shifts) < jnp.abs(d_q) + jnp.abs(d_p)
+    z, w = (x.transform(x.logits).astype(x.shift.dtype) for x in (student, teacher))
+    shifts = student.shift - teacher.shift
+    is_nearer = jnp.abs(z - w) + jnp.abs(shifts) < jnp.abs(d_q) + jnp.abs(d_p)
     is_nearer &= jnp.isfinite(d_q) & jnp.isfinite(d_p)
-    return jnp.where(is_nearer, (apart - shifts) - (_finite(d_q) - _finite(d_p)), 0)
+    near = jnp.where(is_nearer, z, 0) - jnp.where(is_nearer, w, 0) - shifts
+    neither = jnp.isneginf(d_q) & jnp.isneginf(d_p)
+    far = jnp.where(neither, 0, d_q) - jnp.where(neither, 0, d_p)
+    return jnp.where(is_nearer, near, far)
 
 
 def _terms(kind: Kind, ratios: _Ratios, beta: Any) -> Array:
@@ -372,9 +367,14 @@ def row_divergences(
     dtype = compute_dtype(logits, teacher_logits)
 
     def read(x: Array, transform: Transform) -> Softmax:
-        softmax = Softmax(x, transform, row_max(axis, transform, x, class_mask)[0].astype(dtype))
+        shift, top, best = row_max(axis, transform, x, class_mask, with_class=True)
+        softmax = Softmax(x, transform, shift.astype(dtype))
+        has_class = top > jnp.finfo(top.dtype).min
         # Made again from the logits where somebody differentiates twice; nothing else is kept.
-        rest = jax.checkpoint(functools.partial(rest_of, axis))(softmax, class_mask, coolness)
+        rest = jax.checkpoint(functools.partial(rest_of, axis))(
+            softmax, class_mask, coolness, jnp.where(has_class, best, -1)
+        )
+        rest -= jnp.where(has_class, 0, 1)
         return combine_rests(softmax._replace(rest=rest), coolness, classes)
 
     if uncounted is not None:

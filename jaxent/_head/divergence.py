@@ -24,17 +24,18 @@ from .._divergence import (
     combine_rests,
     divergence_gradients,
     moved,
-    rest_and_largest,
     rest_of,
     sums_of,
 )
 from .._numerics import compute_dtype
+from .._rows import first_best
 from .._xla import is_widened_on_cpu, scatter_slice, with_cpu_plan
 from .chunks import (
     Chunk,
     Fixed,
     Head,
     Plan,
+    Pull,
     accumulate,
     blank_hidden,
     blocks_of,
@@ -209,12 +210,15 @@ def _rest_pass(
         z = softmax.transform(softmax.logits).astype(dtype)
         if chunk.class_mask is not None:
             z = jnp.where(chunk.class_mask, z, -jnp.inf)
-        top = jnp.maximum(shift, jnp.max(z, -1, keepdims=True))
-        stays = shift == top  # whose own 1 is then in the total that has been
-        before = jnp.where(stays, rest, moved(jnp.where(stays, 0, shift - top), rest, coolness))
-        centred = softmax._replace(shift=top).centred(chunk.class_mask, coolness)
-        below, largest = rest_and_largest(-1, centred)
-        return (top, before + below + (largest - jnp.where(stays, 0, 1))), None
+        top = jnp.max(z, -1, keepdims=True)
+        is_largest = top > shift
+        top = jnp.maximum(shift, top)
+        rest = jnp.where(
+            is_largest, moved(jnp.where(is_largest, shift - top, 0), rest, coolness), rest
+        )
+        apart = jnp.where(is_largest, first_best(z, -1), -1)
+        part = rest_of(-1, softmax._replace(shift=top), chunk.class_mask, coolness, apart)
+        return (top, rest + part), None
 
     def step(rows: Any, i: Array) -> tuple[Any, None]:
         return blocks.run(turn, rows, read_chunk(plan, head, fixed, i), fixed)
@@ -236,7 +240,7 @@ def _streamed_rest_jvp(
         head, coolness = floats
         chunk = read_chunk(plan, head, fixed, i)
         softmax = _softmax(plan, chunk, fixed, shift)
-        return rest_of(-1, softmax, chunk.class_mask, coolness)
+        return rest_of(-1, softmax, chunk.class_mask, coolness, jnp.int32(-1))
 
     floats, d_floats = (head, coolness), (tangents[0], tangents[2])
     d_rest = _sum_of_tangents(plan, head, local, floats, d_floats, jnp.zeros_like(rest))
@@ -260,7 +264,7 @@ def _terms_pass(plans: Plans, floats: Floats, fixed: Pair, shifts: Pair) -> Sums
     tokens = Tokens((shifts, floats.rests)).by_token(blocks.first)
 
     def turn(sums: Sums, chunks: Pair, fixed: Pair, tokens: Tokens) -> tuple[Sums, None]:
-        softmaxes = _softmaxes(plans, chunks, fixed, *tokens.values)
+        softmaxes, _ = _softmaxes(plans, chunks, fixed, *tokens.values)
         part = _chunk_sums(plans, softmaxes, chunks, floats.coolness, floats.beta)
         return jax.tree.map(jnp.add, sums, part), None
 
@@ -284,7 +288,7 @@ def _streamed_terms_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Sums
 
     def local(floats: Floats, i: Array) -> Sums:
         chunks = _read_chunks(finer, floats.heads, fixed, i)
-        softmaxes = _softmaxes(finer, chunks, fixed, shifts, floats.rests)
+        softmaxes, _ = _softmaxes(finer, chunks, fixed, shifts, floats.rests)
         return _chunk_sums(finer, softmaxes, chunks, floats.coolness, floats.beta)
 
     zeros = jax.tree.map(jnp.zeros_like, sums)
@@ -315,7 +319,7 @@ def _gradients_pass(
     def turn(d_hidden: Array, chunks: Pair, fixed: Pair, tokens: Tokens) -> tuple[Array, Any]:
         *known, around = tokens.values
         softmaxes = _softmaxes(plans, chunks, fixed, *known)
-        part, scalars = _chunk_gradients(plans, softmaxes, chunks, of_heads, around)
+        part, scalars = _chunk_gradients(plans, *softmaxes, chunks, of_heads, around)
         return d_hidden + part.hidden, (part._replace(hidden=None), scalars)
 
     def step(total: Any, i: Array) -> tuple[Any, None]:
@@ -344,7 +348,7 @@ def _gradients_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Any, Any]
             of_heads, around = put_back(moving)
             chunks = _read_chunks(finer, of_heads.heads, fixed, i)
             softmaxes = _softmaxes(finer, chunks, fixed, shifts, of_heads.rests)
-            gradients, scalars = _chunk_gradients(finer, softmaxes, chunks, of_heads, around)
+            gradients, scalars = _chunk_gradients(finer, *softmaxes, chunks, of_heads, around)
             return (scatter_width(finer.student, gradients), scalars), chunks.student.start
 
         _, (d_part, more), start = jax.jvp(part, (moving,), (d_moving,), has_aux=True)
@@ -367,14 +371,17 @@ def _read_chunks(plans: Plans, heads: Pair, fixed: Pair, i: Array) -> Pair:
     return Pair(*(read_chunk(*each, i) for each in zip(plans.pair, heads, fixed)))
 
 
-def _softmax(
-    plan: Plan, chunk: Chunk, fixed: Fixed, shift: Array, rest: Array | None = None
-) -> Softmax:
-    return Softmax(chunk_logits(plan, chunk.head), transform_of(chunk.head, fixed), shift, rest)
+def _softmax(plan: Plan, chunk: Chunk, fixed: Fixed, shift: Array) -> Softmax:
+    return Softmax(chunk_logits(plan, chunk.head), transform_of(chunk.head, fixed), shift)
 
 
-def _softmaxes(plans: Plans, chunks: Pair, fixed: Pair, shifts: Pair, rests: Pair) -> Pair:
-    return Pair(*map(_softmax, plans.pair, chunks, fixed, shifts, rests))
+def _softmaxes(
+    plans: Plans, chunks: Pair, fixed: Pair, shifts: Pair, rests: Pair
+) -> tuple[Pair, Pull]:
+    """Return both, and what takes the gradient of the student's logits to its head's."""
+    logits, pulls = zip(*(chunk_logits_and_pull(p, c.head) for p, c in zip(plans.pair, chunks)))
+    transforms = (transform_of(c.head, f) for c, f in zip(chunks, fixed))
+    return Pair(*map(Softmax, logits, transforms, shifts, rests)), pulls[0]
 
 
 def _chunk_sums(plans: Plans, softmaxes: Pair, chunks: Pair, coolness: Any, beta: Any) -> Sums:
@@ -382,14 +389,13 @@ def _chunk_sums(plans: Plans, softmaxes: Pair, chunks: Pair, coolness: Any, beta
 
 
 def _chunk_gradients(
-    plans: Plans, softmaxes: Pair, chunks: Pair, floats: Floats, around: Around
+    plans: Plans, softmaxes: Pair, pull: Pull, chunks: Pair, floats: Floats, around: Around
 ) -> tuple[Head, tuple[Any, Any]]:
     """Return what a chunk adds to the student's gradients, and to those of coolness and beta."""
     chunk = chunks.student
     d_logits, d_transform, *scalars = divergence_gradients(
         -1, plans.form, *softmaxes, chunk.class_mask, floats.coolness, floats.beta, *around
     )
-    _, pull = chunk_logits_and_pull(plans.student, chunk.head)
     gradients = gradients_of_logits(chunk.head, pull, d_logits, d_transform.scale)
     return gradients, (scalars[0], scalars[1])
 
