@@ -1,6 +1,7 @@
 """Distillation: divergences from a teacher, of logits and of two heads whose logits nobody has."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -154,15 +155,14 @@ def head_calls(draw, options=OPTIONS, shapes=HEAD_SHAPES, dtypes=DTYPES, **keywo
 # ---- Law 2 and law 15: the formula -----------------------------------------------------------
 
 
-@examples(25)
+@examples(12)
 @given(calls())
 def test_law_2_distillation_equals_its_reference(call):
     assert_same(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
-@pytest.mark.parametrize("skip", [False, True])
 @examples(10)
-@given(head_calls())
+@given(st.booleans(), head_calls())
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
         actual = call.run(jaxent.linear_distillation)
@@ -337,8 +337,9 @@ def test_a_class_that_one_of_them_excludes():
     assert_close(both, jaxent.distillation(np.float32([[0, 1]]), np.float32([[0, 0]])), 4)
 
 
-@pytest.mark.parametrize("name", ["targets", "sample_weight"])
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize(
+    ("name", "beta"), [("targets", 0.0), ("sample_weight", 1.0), ("targets", 0.3)]
+)
 def test_law_8_what_is_excluded_or_does_not_count_acts_as_deleted(name, beta):
     kept, exists = np.arange(6) % 4 != 1, np.arange(9) % 3 != 2
     outside = ~(kept[:, None] & exists)
@@ -430,6 +431,8 @@ def test_second_order_equals_the_reference(name, beta):
     def along(module):
         gradient = jax.grad(lambda arrays: loss(module, arrays))
         forward = jax.jvp(gradient, (arrays,), (direction,))[1]
+        if beta in (0, 1):
+            return forward
 
         def product(arrays):
             return sum(jnp.vdot(g, d) for g, d in zip(gradient(arrays), direction))
@@ -443,8 +446,8 @@ def test_second_order_equals_the_reference(name, beta):
 # ---- Transformations, shards, cost -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.3])
-def test_law_12_vmap_of_one_example_equals_the_batch(beta):
+def test_law_12_vmap_of_one_example_equals_the_batch():
+    beta = 0.3
     k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
 
     def one(x, w, k):
@@ -456,13 +459,13 @@ def test_law_12_vmap_of_one_example_equals_the_batch(beta):
         head = jaxent.linear_distillation(x, k, w, tk, beta=beta, chunk_size=5, reduction="none")
         return dense + head
 
+    def with_gradients(f, x, w, k):
+        return jax.value_and_grad(lambda x, k: (f(x, w, k).sum(), f(x, w, k)), (0, 1), True)(x, k)
+
     for axes in ((0, 0, None), (0, None, None)):
         w = W if axes[1] == 0 else W[0]
-        mapped = jax.vmap(one, axes)
-        whole = np.broadcast_to(w, W.shape)
-        assert_close(mapped(X, w, k), batch(X, whole, k), 32)
-        found = jax.grad(lambda *a, f=mapped: f(*a).sum(), (0, 2))(X, w, k)
-        wanted = jax.grad(lambda *a: batch(*a).sum(), (0, 2))(X, whole, k)
+        found = jit(functools.partial(with_gradients, jax.vmap(one, axes)))(X, w, k)
+        wanted = jit(functools.partial(with_gradients, batch))(X, np.broadcast_to(w, W.shape), k)
         jax.tree.map(lambda a, b: assert_close(a, b, 64), found, wanted)
 
 
@@ -507,15 +510,19 @@ def split_calls():
 
 
 @pytest.mark.parametrize(
-    ("name", "beta"), [("dense", 0.0), ("dense", None), ("head", 1.0), ("head", None)]
+    ("name", "beta", "wheres"),
+    [
+        ("dense", 0.0, ["inside"]),
+        ("dense", None, ["inside", "outside", "explicit mesh"]),
+        ("head", 1.0, ["inside"]),
+        ("head", None, ["inside", "outside", "explicit mesh"]),
+    ],
 )
-@pytest.mark.parametrize("where", ["gradient outside", "gradient inside", "explicit mesh"])
-def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, where):
+def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, wheres):
+    """With gradients taken inside and outside of the mapped function, and on an explicit mesh."""
     cases, specs = split_calls()
     function, arrays = cases[name]
     floats = [k for k in arrays if k not in ("m", "w", "th", "tk")]
-    kind = AxisType.Explicit if where == "explicit mesh" else AxisType.Auto
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
     names = {"axis_name": "data", "class_axis_name": "model"}
     spec = {k: P(*specs[k]) for k in arrays}
 
@@ -526,44 +533,45 @@ def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, where):
 
         return run
 
-    wanted = jit(with_gradients(lambda a: function(a, {}, beta)))(arrays)
-    if where == "explicit mesh":
-        with jax.set_mesh(mesh):
-            placed = {k: jax.device_put(v, NamedSharding(mesh, spec[k])) for k, v in arrays.items()}
-            found = jit(with_gradients(lambda a: function(a, {}, beta)))(placed)
-    elif where == "gradient outside":
-        mapped = jax.shard_map(
-            lambda a: function(a, names, beta), mesh=mesh, in_specs=(spec,), out_specs=P()
-        )
-        found = jit(with_gradients(mapped))(arrays)
-    else:
-        mapped = jax.shard_map(
-            with_gradients(lambda a: function(a, names, beta)),
-            mesh=mesh,
-            in_specs=(spec,),
-            out_specs=(P(), {k: spec[k] for k in floats}),
-        )
-        found = jit(mapped)(arrays)
-    jax.tree.map(lambda a, b: assert_close(a, b, 64), *map(jax.device_get, (found, wanted)))
+    def split(a):
+        return function(a, names, beta)
+
+    def whole(a):
+        return function(a, {}, beta)
+
+    wanted = jit(with_gradients(whole))(arrays)
+    for where in wheres:
+        kind = AxisType.Explicit if where == "explicit mesh" else AxisType.Auto
+        mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+        mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,))
+        if where == "explicit mesh":
+            with jax.set_mesh(mesh):
+                shardings = {k: NamedSharding(mesh, spec[k]) for k in arrays}
+                found = jit(with_gradients(whole))(jax.device_put(arrays, shardings))
+        elif where == "outside":
+            found = jit(with_gradients(mapped(split, out_specs=P())))(arrays)
+        else:
+            out_specs = P(), {k: spec[k] for k in floats}
+            found = jit(mapped(with_gradients(split), out_specs=out_specs))(arrays)
+        jax.tree.map(lambda a, b: assert_close(a, b, 64), *map(jax.device_get, (found, wanted)))
 
 
 H, K = X[:, :5], np.random.default_rng(8).normal(size=(5, 40)).astype("float32")
 T = np.random.default_rng(9).normal(size=(9, 40)).astype("float32")
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.grad])
-def test_law_14_a_second_eager_call_traces_and_compiles_nothing(transform):
+@pytest.mark.parametrize(("beta", "transform"), [(0.0, lambda f: f), (0.25, jax.grad)])
+def test_law_14_a_second_eager_call_traces_and_compiles_nothing(beta, transform):
     def calls(beta, temperature, sample_weight):
         keywords = {"beta": beta, "temperature": temperature, "sample_weight": sample_weight}
         dense = transform(lambda x: jaxent.distillation(x, W, **keywords))
         head = transform(lambda h: jaxent.linear_distillation(h, K, W, T, **keywords))
         jax.block_until_ready((dense(X), head(H)))
 
-    for beta in (0.0, 0.25):
-        for _ in range(2):
-            calls(beta, 2.0, np.ones(6))
-        with counting():
-            calls(beta if beta == 0 else 0.75, 3.0, np.zeros(6))
+    for _ in range(2):
+        calls(beta, 2.0, np.ones(6))
+    with counting():
+        calls(beta if beta == 0 else 0.75, 3.0, np.zeros(6))
 
 
 def test_law_14_a_program_has_no_effects():
