@@ -155,13 +155,13 @@ def head_calls(draw, options=OPTIONS, shapes=HEAD_SHAPES, dtypes=DTYPES, **keywo
 # ---- Law 2 and law 15: the formula -----------------------------------------------------------
 
 
-@examples(12)
+@examples(8)
 @given(calls())
 def test_law_2_distillation_equals_its_reference(call):
     assert_same(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
-@examples(10)
+@examples(6)
 @given(st.booleans(), head_calls())
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
@@ -292,15 +292,15 @@ def test_loss_and_gradient_are_exact_to_a_few_roundings(beta, size, difference, 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
 def test_of_the_same_heads_divergence_and_gradient_are_0(beta):
+    run = jax.jit(jax.value_and_grad(lambda x, w: jaxent.distillation(x, w, beta=beta)))
     for x in (X, 1e4 * X):
-        value = jax.value_and_grad(lambda x, w: jaxent.distillation(x, w, beta=beta))(x, x)
-        jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), value)
+        jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), run(x, x))
     h, k = X, np.random.default_rng(2).normal(size=(9, 50)).astype("float32")
 
     def loss(h, k, th, tk):
         return jaxent.linear_distillation(h, k, th, tk, beta=beta, chunk_size=20)
 
-    value = jax.value_and_grad(loss, (0, 1))(h, k, h, k)
+    value = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, k, h, k)
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), value)
 
 
@@ -308,33 +308,29 @@ def test_of_the_same_heads_divergence_and_gradient_are_0(beta):
 def test_the_hessian_at_the_teacher_is_that_of_a_square(beta):
     """Every divergence is q-weighted least squares there, times 1, or beta (1 - beta)."""
     x, p = X[0], jax.nn.softmax(X[0])
-    hessian = jax.hessian(lambda x: jaxent.distillation(x, X[0], beta=beta))(x)
+    hessian = jit(jax.hessian(lambda x: jaxent.distillation(x, X[0], beta=beta)))(x)
     factor = beta * (1 - beta) if 0 < beta < 1 else 1
     assert_close(hessian, factor * (jnp.diag(p) - jnp.outer(p, p)), 16)
 
 
 def test_a_class_that_one_of_them_excludes():
-    p, q = np.float32([[0.0, 0.0, -np.inf]]), np.float32([[0.0, -np.inf, 0.0]])
-    half = np.log(2)
-    forward, reverse = (jaxent.distillation(q, p, beta=b) for b in (0.0, 1.0))
-    assert np.isposinf(forward)
-    assert np.isposinf(reverse)
-    mixed = jaxent.distillation(q, p, beta=0.5)
-    np.testing.assert_allclose(mixed, half / 2, rtol=1e-6)
-    gradient = jax.grad(lambda q: jaxent.distillation(q, p, beta=0.5))(q)
-    assert np.all(np.isfinite(gradient))
-    # Where p is 0, q may be: no 0 * log 0.
-    for beta, x, w in (
-        (0.0, np.float32([[0.0, 1.0, 0.0]]), p),
-        (1.0, q, np.float32([[0, 1.0, 0]])),
+    @functools.partial(jit, static_argnums=2)
+    def run(x, w, beta):
+        return jax.value_and_grad(lambda x: jaxent.distillation(x, w, beta=beta))(x)
+
+    third, second = np.float32([[0.0, 0.0, -np.inf]]), np.float32([[0.0, -np.inf, 0.0]])
+    for beta, x, w, wanted in (
+        (0.0, second, third, np.inf),
+        (1.0, second, third, np.inf),
+        (0.5, second, third, np.log(2) / 2),
+        # Where p is 0, q may be anything: no 0 * log 0.
+        (0.0, np.zeros_like(third), third, np.log(3 / 2)),
+        (1.0, second, np.zeros_like(second), np.log(3 / 2)),
+        (0.0, third, third, 0),
     ):
-        loss, gradient = jax.value_and_grad(
-            lambda x, w=w, beta=beta: jaxent.distillation(x, w, beta=beta)
-        )(x)
-        assert_close(loss, reference.distillation(x, w, beta=beta), 8)
-        assert np.all(np.isfinite(gradient))
-    both = jaxent.distillation(p + np.float32([[0, 1, 0]]), p)
-    assert_close(both, jaxent.distillation(np.float32([[0, 1]]), np.float32([[0, 0]])), 4)
+        loss, gradient = run(x, w, beta)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+        assert np.all(np.isfinite(gradient)) or np.isinf(wanted)
 
 
 @pytest.mark.parametrize(
@@ -380,8 +376,9 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
 
     for skip in (False, True):
         with forced(skip=skip, block=2):
-            found = jax.value_and_grad(loss, (0, 1, 2))(h, k, kept.astype("float32"), th)
-        wanted = jax.value_and_grad(loss, (0, 1))(h[kept], k, np.ones(3, "float32"), th[kept])
+            run = jit(jax.value_and_grad(loss, (0, 1, 2)))
+            found = run(h, k, kept.astype("float32"), th)
+            wanted = run(h[kept], k, np.ones(3, "float32"), th[kept])
         assert_close(found[0], wanted[0], 16)
         assert_close(found[1][0][kept], wanted[1][0], 16)
         np.testing.assert_array_equal(found[1][0][~kept], 0)
@@ -431,7 +428,7 @@ def test_second_order_equals_the_reference(name, beta):
     def along(module):
         gradient = jax.grad(lambda arrays: loss(module, arrays))
         forward = jax.jvp(gradient, (arrays,), (direction,))[1]
-        if beta in (0, 1):
+        if name == "distillation":
             return forward
 
         def product(arrays):
@@ -513,9 +510,9 @@ def split_calls():
     ("name", "beta", "wheres"),
     [
         ("dense", 0.0, ["inside"]),
-        ("dense", None, ["inside", "outside", "explicit mesh"]),
+        ("dense", None, ["outside", "explicit mesh"]),
         ("head", 1.0, ["inside"]),
-        ("head", None, ["inside", "outside", "explicit mesh"]),
+        ("head", None, ["outside", "explicit mesh"]),
     ],
 )
 def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, wheres):
@@ -605,6 +602,8 @@ def test_memory_is_that_of_linear_cross_entropy(beta):
     with forced(made_forward=False):
         limit = 1.5 * scratch(jax.value_and_grad(cross_entropy, (0, 1)), h, k, y)
     assert scratch(jax.value_and_grad(loss, (0, 1)), h, k, th, tk) <= limit
+    if beta == 0:
+        return
 
     def second(h, k, th, tk):
         return jax.jvp(lambda h, k: jax.grad(loss, (0, 1))(h, k, th, tk), (h, k), (h, k))[1]
