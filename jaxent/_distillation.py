@@ -392,16 +392,19 @@ def linear_distillation(
     gathered: Names = ()
     if layout.mesh is None and not in_shard_map(layout.width):
         layout, gathered = layout._replace(width=()), layout.width
-    plan = functools.partial(
-        Plan, chunk=read_chunk_size(chunk_size), width=layout.width, gathered=gathered
-    )
-    plans = Plans(
-        *(
-            plan(class_axis=axis, dtype=each, precision=read_precision(precision, each))
-            for axis, each in ((class_axis, student_dtype), (teacher_class_axis, teacher_dtype))
-        ),
-        form,
-    )
+    chunk = read_chunk_size(chunk_size)
+
+    def plan(class_axis: int, dtype: Any) -> Plan:
+        return Plan(
+            class_axis,
+            chunk,
+            dtype,
+            read_precision(precision, dtype),
+            width=layout.width,
+            gathered=gathered,
+        )
+
+    plans = Plans(plan(class_axis, student_dtype), plan(teacher_class_axis, teacher_dtype), form)
     by_token = given.class_mask is not None and given.class_mask.ndim > 1
     skip = not by_token and chosen("skip", lambda: layout.owns_all_tokens)
     options = HeadOptions(plans, layout, reduction, skip)

@@ -377,6 +377,7 @@ def row_divergences(
         rest -= jnp.where(has_class, 0, 1)
         return combine_rests(softmax._replace(rest=rest), coolness, classes)
 
+    lost: Any = None
     if uncounted is not None:
         z, w = transform(logits), teacher_transform(teacher_logits)
         lost = uncounted & ~_is_finite(
@@ -428,10 +429,11 @@ def _with_gradient_fwd(
 
 
 def _with_gradient_bwd(axis: int, form: Form, arguments: Any, cotangent: Array) -> tuple[Any, ...]:
+    student, teacher, class_mask, coolness, beta, sums = arguments
     d_logits, d_transform, d_coolness, d_beta = divergence_gradients(
-        axis, form, *arguments, cotangent
+        axis, form, student, teacher, class_mask, coolness, beta, sums, cotangent
     )
-    d_student = Softmax(d_logits.astype(arguments[0].logits.dtype), d_transform, None)
+    d_student = Softmax(d_logits.astype(student.logits.dtype), d_transform, None)
     return None, d_student, None, None, d_coolness, d_beta, None
 
 

@@ -304,16 +304,17 @@ def linear_distillation(
 ) -> Array:
     """Return the divergence of hidden @ kernel + bias from the teacher's."""
     names = axis_name, class_axis_name, width_axis_name
-    y = jnp.zeros(jnp.shape(hidden)[:-1], jnp.int32) if targets is None else targets
+    rows = read_array("hidden", hidden).shape[:-1]
+    y = jnp.zeros(rows, jnp.int32) if targets is None else targets
 
     def logits(hidden: Any, kernel: Any, bias: Any, class_axis: int) -> Array:
-        x, _ = _read_head(
+        x: Array = _read_head(
             hidden, kernel, y, bias, class_axis, dtype, precision, None, chunk_size, ignore_index,
             None, sample_weight, class_mask, *names,
-        )  # fmt: skip
+        )[0]  # fmt: skip
         return x
 
-    read_distilled_targets(targets, ignore_index, jnp.shape(hidden)[:-1])
+    read_distilled_targets(targets, ignore_index, rows)
     x = logits(hidden, kernel, bias, class_axis)
     of_teachers = teacher_hidden, teacher_kernel, teacher_bias, teacher_class_axis
     w = of_teacher(logits)(*of_teachers)
@@ -397,7 +398,7 @@ def _distillation(
     check_reduction(reduction)
     (kind, beta), temperature = read_beta(beta), read_temperature(temperature)
     dtype = _wide(x.dtype, w.dtype)
-    mask, s = _counted(*examples, dtype)
+    mask, s = _counted(dtype, *examples)
     t = jnp.asarray(1 if temperature is None else temperature, dtype)
     t += _nan_where(~(t > 0), dtype)
     b = jnp.asarray(0 if beta is None else beta, dtype)
@@ -421,10 +422,11 @@ def _distillation(
         return b * _relative_entropy(log_p, log_m) + (1 - b) * _relative_entropy(log_q, log_m)
 
     lost = (s == 0) & ~jnp.isfinite(divergence(jnp.zeros(s.shape, bool)))
-    terms = s * jnp.where(lost, 0, divergence(lost))
+    terms: Array = s * jnp.where(lost, 0, divergence(lost))
     if reduction == "none":
         return terms
-    return jnp.sum(terms) / (_or_one(jnp.sum(s)) if reduction == "mean" else 1)
+    total: Array = jnp.sum(terms)
+    return total / _or_one(jnp.sum(s)) if reduction == "mean" else total
 
 
 def _relative_entropy(log_p: Array, log_q: Array) -> Array:
@@ -597,13 +599,13 @@ def _sparse_examples(
 
 
 def _counted(
+    dtype: Any,
     shape: tuple[int, ...],
     axis: int,
     targets: Any,
     ignore_index: Any,
     sample_weight: Any,
     class_mask: Any,
-    dtype: Any,
 ) -> tuple[Array, Array]:
     """Return the classes that exist, (..., C), and the sample weights of what counts, (...)."""
     rows = shape[:axis] + shape[axis + 1 :]

@@ -50,6 +50,7 @@ from .chunks import (
     whole,
     zero_gradients,
 )
+from .streaming import cast_like, finer
 
 R = TypeVar("R")
 
@@ -103,7 +104,7 @@ class Floats(NamedTuple):
     """What is differentiated."""
 
     heads: Pair  # of Head
-    rests: Pair  # of the softmax of each token, (N, 1)
+    rests: Any  # a Pair, of the softmax of each token, (N, 1)
     coolness: Any  # 1 / T, a scalar, or None
     beta: Any  # a scalar, or None
 
@@ -234,7 +235,7 @@ def _streamed_rest_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     head, fixed, coolness, _ = primals
     shift, rest = _streamed_rest(_asked(plan, tangents[-1]), dtype, *primals)
-    plan = _finer(whole(plan))
+    plan = finer(whole(plan))
 
     def local(floats: Any, i: Array) -> Array:
         head, coolness = floats
@@ -284,16 +285,16 @@ def _streamed_terms_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Sums
     floats, fixed, shifts, _ = primals
     asked = plans.both(lambda plan: _asked(plan, tangents[-1]))
     sums = _streamed_terms(asked, *primals)
-    finer = plans.both(lambda plan: _finer(whole(plan)))
+    fine = plans.both(lambda plan: finer(whole(plan)))
 
     def local(floats: Floats, i: Array) -> Sums:
-        chunks = _read_chunks(finer, floats.heads, fixed, i)
-        softmaxes, _ = _softmaxes(finer, chunks, fixed, shifts, floats.rests)
-        return _chunk_sums(finer, softmaxes, chunks, floats.coolness, floats.beta)
+        chunks = _read_chunks(fine, floats.heads, fixed, i)
+        softmaxes, _ = _softmaxes(fine, chunks, fixed, shifts, floats.rests)
+        return _chunk_sums(fine, softmaxes, chunks, floats.coolness, floats.beta)
 
     zeros = jax.tree.map(jnp.zeros_like, sums)
     head = floats.heads.student
-    return sums, _sum_of_tangents(finer.student, head, local, floats, tangents[0], zeros)
+    return sums, _sum_of_tangents(fine.student, head, local, floats, tangents[0], zeros)
 
 
 _streamed_terms.defjvp(_streamed_terms_jvp, symbolic_zeros=True)
@@ -333,32 +334,32 @@ def _gradients_pass(
 
     zeros = zero_gradients(plans.student, head), _zero_scalars(plans, head)
     (gradients, scalars), _ = jax.lax.scan(step, zeros, chunk_numbers(plans.student, head))
-    return _cast(gradients, head).by_token(blocks.back), *scalars
+    return cast_like(gradients, head).by_token(blocks.back), *scalars
 
 
 def _gradients_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Any, Any]:
     floats, fixed, shifts = primals
     head = floats[0].heads.student
     moving, d_moving, put_back = _moving(floats, tangents[0])
-    finer = plans.both(lambda plan: _finer(whole(plan)))
+    fine = plans.both(lambda plan: finer(whole(plan)))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total: Any, i: Array) -> tuple[Any, None]:
         def part(moving: Any) -> Any:
             of_heads, around = put_back(moving)
-            chunks = _read_chunks(finer, of_heads.heads, fixed, i)
-            softmaxes = _softmaxes(finer, chunks, fixed, shifts, of_heads.rests)
-            gradients, scalars = _chunk_gradients(finer, *softmaxes, chunks, of_heads, around)
-            return (scatter_width(finer.student, gradients), scalars), chunks.student.start
+            chunks = _read_chunks(fine, of_heads.heads, fixed, i)
+            softmaxes = _softmaxes(fine, chunks, fixed, shifts, of_heads.rests)
+            gradients, scalars = _chunk_gradients(fine, *softmaxes, chunks, of_heads, around)
+            return (scatter_width(fine.student, gradients), scalars), chunks.student.start
 
         _, (d_part, more), start = jax.jvp(part, (moving,), (d_moving,), has_aux=True)
         gradients, scalars = total
-        gradients = accumulate(finer.student, head, gradients, d_part, start, scatter_slice)
+        gradients = accumulate(fine.student, head, gradients, d_part, start, scatter_slice)
         return (gradients, jax.tree.map(jnp.add, scalars, more)), None
 
-    zeros = zero_gradients(finer.student, head), _zero_scalars(finer, head)
-    (d_gradients, d_scalars), _ = jax.lax.scan(step, zeros, chunk_numbers(finer.student, head))
-    return _gradients(plans, *primals), (_cast(d_gradients, head), *d_scalars)
+    zeros = zero_gradients(fine.student, head), _zero_scalars(fine, head)
+    (d_gradients, d_scalars), _ = jax.lax.scan(step, zeros, chunk_numbers(fine.student, head))
+    return _gradients(plans, *primals), (cast_like(d_gradients, head), *d_scalars)
 
 
 _gradients.defjvp(_gradients_jvp, symbolic_zeros=True)
@@ -447,7 +448,8 @@ def _moving(floats: R, tangents: Any) -> tuple[list[Array], list[Array], Callabl
 
     def put_back(moving: Any) -> R:
         found = iter(moving)
-        whole: R = structure.unflatten([next(found) if m else x for x, m in zip(leaves, moves)])
+        values = [next(found) if m else x for x, m in zip(leaves, moves)]
+        whole: R = jax.tree.unflatten(structure, values)
         return whole
 
     moving, d_moving = ([x for x, m in zip(xs, moves) if m] for xs in (leaves, d_leaves))
@@ -473,13 +475,3 @@ def _sum_of_tangents(
 
     summed: R = scanned(d_moving)
     return summed
-
-
-def _cast(gradients: Head, head: Head) -> Head:
-    cast: Head = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, head)
-    return cast
-
-
-def _finer(plan: Plan) -> Plan:
-    """Return the plan with smaller chunks, as tangents need several arrays of a chunk's size."""
-    return dataclasses.replace(plan, chunk=-(-plan.chunk // 4))
