@@ -408,7 +408,8 @@ def _distillation(
 
     def log_softmax(logits: Array) -> Array:
         finite = jnp.where(jnp.isinf(logits), 0, logits).astype(dtype)
-        return _log_softmax(jnp.where(jnp.isinf(logits), logits, finite / t))[0]
+        log_p: Array = _log_softmax(jnp.where(jnp.isinf(logits), logits, finite / t))[0]
+        return log_p
 
     def divergence(lost: Array) -> Array:
         constant = jax.lax.stop_gradient(teacher(lost))
@@ -422,10 +423,10 @@ def _distillation(
         return b * _relative_entropy(log_p, log_m) + (1 - b) * _relative_entropy(log_q, log_m)
 
     lost = (s == 0) & ~jnp.isfinite(divergence(jnp.zeros(s.shape, bool)))
-    terms: Array = s * jnp.where(lost, 0, divergence(lost))
+    terms = s * jnp.where(lost, 0, divergence(lost))
     if reduction == "none":
         return terms
-    total: Array = jnp.sum(terms)
+    total = jnp.sum(terms)
     return total / _or_one(jnp.sum(s)) if reduction == "mean" else total
 
 

@@ -155,13 +155,13 @@ def head_calls(draw, options=OPTIONS, shapes=HEAD_SHAPES, dtypes=DTYPES, **keywo
 # ---- Law 2 and law 15: the formula -----------------------------------------------------------
 
 
-@examples(8)
+@examples(6)
 @given(calls())
 def test_law_2_distillation_equals_its_reference(call):
     assert_same(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
-@examples(6)
+@examples(5)
 @given(st.booleans(), head_calls())
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
@@ -203,8 +203,9 @@ def published_jsd(student, teacher, beta, temperature):
     return (beta * kl_div(mixture, teacher) + (1 - beta) * kl_div(mixture, student)).sum(-1)
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize(
+    ("beta", "temperature"), [(0.0, 1.0), (1.0, 2.5), (0.1, 1.0), (0.5, 2.5), (0.9, 1.0)]
+)
 def test_it_is_the_published_divergence(beta, temperature):
     found = jaxent.distillation(X, W, beta=beta, temperature=temperature, reduction="none")
     assert_close(found, published_jsd(X, W, beta, temperature), 16)
@@ -219,8 +220,8 @@ def test_beta_0_is_the_cross_entropy_of_the_teacher_less_its_entropy():
     p = jax.nn.softmax(W)
     wanted = jaxent.cross_entropy(X, p, axis=-1) - jaxent.cross_entropy(W, p, axis=-1)
     assert_close(jaxent.distillation(X, W), wanted, 16)
-    gradient = jax.grad(lambda x: jaxent.cross_entropy(x, p, axis=-1))(X)
-    assert_close(jax.grad(jaxent.distillation)(X, W), gradient, 16)
+    gradient = jit(jax.grad(lambda x: jaxent.cross_entropy(x, p, axis=-1)))(X)
+    assert_close(jit(jax.grad(jaxent.distillation))(X, W), gradient, 16)
 
 
 # ---- Exactness -------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def in_float64(x, w, beta, temperature):
     return terms.sum(-1), gradient / temperature, of_loss, of_gradient
 
 
-@examples(60)
+@examples(40)
 @given(
     st.sampled_from([0.0, 1.0, 0.5, 0.02, 0.98]),
     st.sampled_from([0.1, 3.0, 100.0, 1e4]),
@@ -374,17 +375,17 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
     def loss(h, k, s, th):
         return jaxent.linear_distillation(h, k, th, tk, sample_weight=s, chunk_size=5)
 
+    run = jax.value_and_grad(loss, (0, 1, 2))
+    wanted = jit(run)(h[kept], k, np.ones(3, "float32"), th[kept])
+    # The derivative by a weight of 0 is that of the loss of its token.
+    each = jaxent.linear_distillation(h, k, th, tk, reduction="none", chunk_size=5)
     for skip in (False, True):
         with forced(skip=skip, block=2):
-            run = jit(jax.value_and_grad(loss, (0, 1, 2)))
-            found = run(h, k, kept.astype("float32"), th)
-            wanted = run(h[kept], k, np.ones(3, "float32"), th[kept])
+            found = jit(lambda *a: run(*a))(h, k, kept.astype("float32"), th)
         assert_close(found[0], wanted[0], 16)
         assert_close(found[1][0][kept], wanted[1][0], 16)
         np.testing.assert_array_equal(found[1][0][~kept], 0)
         assert_close(found[1][1], wanted[1][1], 16)
-        # The derivative by a weight of 0 is that of the loss of its token.
-        each = jaxent.linear_distillation(h, k, th, tk, reduction="none", chunk_size=5)
         assert_close(found[1][2][5], (each[5] - found[0]) / 3, 32)
 
 
@@ -444,26 +445,20 @@ def test_second_order_equals_the_reference(name, beta):
 
 
 def test_law_12_vmap_of_one_example_equals_the_batch():
-    beta = 0.3
     k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
 
-    def one(x, w, k):
-        dense = jaxent.distillation(x, w, beta=beta, reduction="none")
-        return dense + jaxent.linear_distillation(x, k, w, tk, beta=beta, chunk_size=5)
+    def batch(x, w, th, k):
+        keywords = {"beta": 0.3, "reduction": "none"}
+        dense = jaxent.distillation(x, w, **keywords)
+        return dense + jaxent.linear_distillation(x, k, th, tk, chunk_size=5, **keywords)
 
-    def batch(x, w, k):
-        dense = jaxent.distillation(x, w, beta=beta, reduction="none")
-        head = jaxent.linear_distillation(x, k, w, tk, beta=beta, chunk_size=5, reduction="none")
-        return dense + head
+    def with_gradients(f, x, k, *teacher):
+        return jax.value_and_grad(lambda x, k: f(x, *teacher, k).sum(), (0, 1))(x, k)
 
-    def with_gradients(f, x, w, k):
-        return jax.value_and_grad(lambda x, k: (f(x, w, k).sum(), f(x, w, k)), (0, 1), True)(x, k)
-
-    for axes in ((0, 0, None), (0, None, None)):
-        w = W if axes[1] == 0 else W[0]
-        found = jit(functools.partial(with_gradients, jax.vmap(one, axes)))(X, w, k)
-        wanted = jit(functools.partial(with_gradients, batch))(X, np.broadcast_to(w, W.shape), k)
-        jax.tree.map(lambda a, b: assert_close(a, b, 64), found, wanted)
+    mapped = jax.vmap(batch, (0, 0, None, None))
+    found = jit(functools.partial(with_gradients, mapped))(X, k, W, W[0])
+    wanted = jit(functools.partial(with_gradients, batch))(X, k, W, np.stack([W[0]] * 6))
+    jax.tree.map(lambda a, b: assert_close(a, b, 64), found, wanted)
 
 
 def split_calls():
@@ -509,10 +504,9 @@ def split_calls():
 @pytest.mark.parametrize(
     ("name", "beta", "wheres"),
     [
-        ("dense", 0.0, ["inside"]),
+        ("dense", 1.0, ["inside"]),
         ("dense", None, ["outside", "explicit mesh"]),
-        ("head", 1.0, ["inside"]),
-        ("head", None, ["outside", "explicit mesh"]),
+        ("head", None, ["inside", "explicit mesh"]),
     ],
 )
 def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, wheres):
@@ -588,13 +582,12 @@ def scratch(function, *arguments):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_memory_is_that_of_linear_cross_entropy(beta):
+def test_memory_is_that_of_linear_cross_entropy():
     h, k, y = shape(2048, 256), shape(256, 65536), shape(2048, dtype="int32")
     th, tk = shape(2048, 512), shape(512, 65536)
 
     def loss(h, k, th, tk):
-        return jaxent.linear_distillation(h, k, th, tk, beta=beta)
+        return jaxent.linear_distillation(h, k, th, tk, beta=0.5)
 
     def cross_entropy(h, k, y):
         return jaxent.linear_cross_entropy(h, k, y, ignore_index=None)
@@ -602,8 +595,6 @@ def test_memory_is_that_of_linear_cross_entropy(beta):
     with forced(made_forward=False):
         limit = 1.5 * scratch(jax.value_and_grad(cross_entropy, (0, 1)), h, k, y)
     assert scratch(jax.value_and_grad(loss, (0, 1)), h, k, th, tk) <= limit
-    if beta == 0:
-        return
 
     def second(h, k, th, tk):
         return jax.jvp(lambda h, k: jax.grad(loss, (0, 1))(h, k, th, tk), (h, k), (h, k))[1]
