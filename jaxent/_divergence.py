@@ -28,7 +28,7 @@ from ._axes import Names, psum, vary_alike
 from ._dense import row_max
 from ._numerics import compute_dtype
 from ._rows import Transform, centre
-from ._xla import class_numbers, sum_classes
+from ._xla import is_inside, one_hot, sum_classes
 
 Kind = Literal["forward", "reverse", "between"]
 # Below it, exp(x) - 1 - x is summed up as a series; from it on, expm1(x) - x loses two bits.
@@ -102,25 +102,26 @@ def _finite(x: Array) -> Array:
 # ---- The rest of a softmax -------------------------------------------------------------------
 
 
-def rest_of(axis: int, softmax: Softmax, class_mask: Any, coolness: Any, apart: Array) -> Array:
-    """Return sum exp(c) of the classes that are there, but for one: `apart`, (..., 1, ...).
+def sum_of_others(
+    axis: int, softmax: Softmax, class_mask: Any, coolness: Any, apart: Array
+) -> Array:
+    """Return sum exp(c) of the classes that are there, except the class `apart`, (..., 1, ...).
 
-    That is the class of the largest logit, beside which a small rest keeps its digits; < 0 for
-    none. It is known by its number, as its c is not 0 wherever it is computed: XLA's CPU compiler
+    That is the class of the largest logit, whose exp(c) is 1: without it a small sum keeps its
+    digits. It is known by its number, as its c is not 0 wherever it is computed: XLA's CPU compiler
     may make one operation, rounded once, of the logit's product and the shift's difference.
     """
-    return _rest(axis, softmax.centred(class_mask, coolness), apart)
+    return _sum_of_others(axis, softmax.centred(class_mask, coolness), apart)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rest(axis: int, centred: Array, apart: Array) -> Array:
-    is_other = class_numbers(centred, axis) != apart
-    return sum_classes(axis, jnp.where(is_other, jnp.exp(centred), 0))
+def _sum_of_others(axis: int, centred: Array, apart: Array) -> Array:
+    return sum_classes(axis, jnp.where(one_hot(apart, centred, axis), 0, jnp.exp(centred)))
 
 
-@_rest.defjvp
-def _rest_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _rest(axis, *primals), sum_classes(axis, jnp.exp(primals[0]) * tangents[0])
+@_sum_of_others.defjvp
+def _sum_of_others_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _sum_of_others(axis, *primals), sum_classes(axis, jnp.exp(primals[0]) * tangents[0])
 
 
 def moved(change: Array, rest: Array, coolness: Any) -> Array:
@@ -369,12 +370,11 @@ def row_divergences(
     def read(x: Array, transform: Transform) -> Softmax:
         shift, top, best = row_max(axis, transform, x, class_mask, with_class=True)
         softmax = Softmax(x, transform, shift.astype(dtype))
-        has_class = top > jnp.finfo(top.dtype).min
+        best = jnp.where(top > jnp.finfo(top.dtype).min, best, -1)
         # Made again from the logits where somebody differentiates twice; nothing else is kept.
-        rest = jax.checkpoint(functools.partial(rest_of, axis))(
-            softmax, class_mask, coolness, jnp.where(has_class, best, -1)
-        )
-        rest -= jnp.where(has_class, 0, 1)
+        others = jax.checkpoint(functools.partial(sum_of_others, axis))
+        rest = others(softmax, class_mask, coolness, best)
+        rest -= jnp.where(is_inside(best, axis, x), 0, 1)
         return combine_rests(softmax._replace(rest=rest), coolness, classes)
 
     lost: Any = None

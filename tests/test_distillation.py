@@ -291,6 +291,30 @@ def test_loss_and_gradient_are_exact_to_a_few_roundings(beta, size, difference, 
     assert np.all(np.abs(gradient - wanted_gradient) <= unit * of_gradient + 1e-36)  # float32 ends
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_law_13_a_nearly_certain_class_keeps_its_digits_whatever_product_its_logit_is_of(beta):
+    """A product that XLA adds to in one rounding is not the same number in every loop."""
+    random = np.random.default_rng(10)
+    x, w = ((random.normal(size=(8, 5)) + np.eye(5)[1] * c).astype("float32") for c in (21, 23))
+    h, unit = np.float32(0.7), eps("float32")
+
+    def dense(x):
+        return jaxent.distillation(x, w, beta=beta, logit_scale=h, teacher_logit_scale=h)
+
+    def heads(k, tk):
+        hidden = np.full((1, 1), h)
+        return jaxent.linear_distillation(hidden, k, hidden, tk, beta=beta, chunk_size=2)
+
+    loss, gradient = jax.jit(jax.value_and_grad(dense))(x)
+    of_head = jax.jit(jax.value_and_grad(heads))(x[:1], w[:1])
+    exact = [np.float64(h) * np.float64(v) for v in (x, w)]
+    wanted, wanted_gradient, of_loss, of_gradient = in_float64(*exact, beta, 1.0)
+    for n, found in ((8, (loss, gradient)), (1, of_head)):
+        assert abs(found[0] - wanted[:n].mean()) <= unit * of_loss[:n].mean()
+        error = np.abs(found[1] - h * wanted_gradient[:n] / n)
+        assert np.all(error <= unit * of_gradient[:n] / n)
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
 def test_of_the_same_heads_divergence_and_gradient_are_0(beta):
     run = jax.jit(jax.value_and_grad(lambda x, w: jaxent.distillation(x, w, beta=beta)))

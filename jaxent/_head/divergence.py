@@ -24,12 +24,12 @@ from .._divergence import (
     combine_rests,
     divergence_gradients,
     moved,
-    rest_of,
+    sum_of_others,
     sums_of,
 )
 from .._numerics import compute_dtype
 from .._rows import first_best
-from .._xla import is_widened_on_cpu, scatter_slice, with_cpu_plan
+from .._xla import is_inside, is_widened_on_cpu, scatter_slice, with_cpu_plan
 from .chunks import (
     Chunk,
     Fixed,
@@ -214,12 +214,12 @@ def _rest_pass(
         top = jnp.max(z, -1, keepdims=True)
         is_largest = top > shift
         top = jnp.maximum(shift, top)
-        rest = jnp.where(
-            is_largest, moved(jnp.where(is_largest, shift - top, 0), rest, coolness), rest
-        )
         apart = jnp.where(is_largest, first_best(z, -1), -1)
-        part = rest_of(-1, softmax._replace(shift=top), chunk.class_mask, coolness, apart)
-        return (top, rest + part), None
+        before = moved(jnp.where(is_largest, shift - top, 0), rest, coolness)
+        before -= jnp.where(is_inside(apart, -1, z), 0, 1)
+        softmax = softmax._replace(shift=top)
+        others = sum_of_others(-1, softmax, chunk.class_mask, coolness, apart)
+        return (top, jnp.where(is_largest, before, rest) + others), None
 
     def step(rows: Any, i: Array) -> tuple[Any, None]:
         return blocks.run(turn, rows, read_chunk(plan, head, fixed, i), fixed)
@@ -236,12 +236,13 @@ def _streamed_rest_jvp(
     head, fixed, coolness, _ = primals
     shift, rest = _streamed_rest(_asked(plan, tangents[-1]), dtype, *primals)
     plan = finer(whole(plan))
+    no_class = jnp.full(shift.shape, -1, jnp.int32)
 
     def local(floats: Any, i: Array) -> Array:
         head, coolness = floats
         chunk = read_chunk(plan, head, fixed, i)
         softmax = _softmax(plan, chunk, fixed, shift)
-        return rest_of(-1, softmax, chunk.class_mask, coolness, jnp.int32(-1))
+        return sum_of_others(-1, softmax, chunk.class_mask, coolness, no_class)
 
     floats, d_floats = (head, coolness), (tangents[0], tangents[2])
     d_rest = _sum_of_tangents(plan, head, local, floats, d_floats, jnp.zeros_like(rest))
