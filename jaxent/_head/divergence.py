@@ -216,6 +216,7 @@ def _rest_pass(
         top = jnp.maximum(shift, top)
         apart = jnp.where(is_largest, first_best(z, -1), -1)
         before = moved(jnp.where(is_largest, shift - top, 0), rest, coolness)
+        # None is apart where XLA computes no z as it did its maximum: its 1 is among the others.
         before -= jnp.where(is_inside(apart, -1, z), 0, 1)
         softmax = softmax._replace(shift=top)
         others = sum_of_others(-1, softmax, chunk.class_mask, coolness, apart)
