@@ -161,7 +161,7 @@ def test_law_2_distillation_equals_its_reference(call):
     assert_same(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
-@examples(5)
+@examples(4)
 @given(st.booleans(), head_calls())
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
@@ -267,7 +267,7 @@ def in_float64(x, w, beta, temperature):
     return terms.sum(-1), gradient / temperature, of_loss, of_gradient
 
 
-@examples(40)
+@examples(30)
 @given(
     st.sampled_from([0.0, 1.0, 0.5, 0.02, 0.98]),
     st.sampled_from([0.1, 3.0, 100.0, 1e4]),
@@ -315,16 +315,19 @@ def test_law_13_a_nearly_certain_class_keeps_its_digits_whatever_product_its_log
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
 def test_of_the_same_heads_divergence_and_gradient_are_0(beta):
-    run = jax.jit(jax.value_and_grad(lambda x, w: jaxent.distillation(x, w, beta=beta)))
+    kernel = np.random.default_rng(2).normal(size=(9, 50)).astype("float32")
+
+    @jax.jit
+    def run(x, w, k, tk):
+        def loss(x, k):
+            dense = jaxent.distillation(x, w, beta=beta)
+            return dense + jaxent.linear_distillation(x, k, w, tk, beta=beta, chunk_size=20)
+
+        return jax.value_and_grad(loss, (0, 1))(x, k)
+
     for x in (X, 1e4 * X):
-        jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), run(x, x))
-    h, k = X, np.random.default_rng(2).normal(size=(9, 50)).astype("float32")
-
-    def loss(h, k, th, tk):
-        return jaxent.linear_distillation(h, k, th, tk, beta=beta, chunk_size=20)
-
-    value = jax.jit(jax.value_and_grad(loss, (0, 1)))(h, k, h, k)
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), value)
+        found = run(x, x, kernel, kernel)
+        jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), found)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
