@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import reference
 from ._check import check_targets
+from ._distillation import distillation, linear_distillation
 from ._linear import linear_cross_entropy
 from ._losses import cross_entropy, log_softmax, nll, total_weight
 from ._next_token import next_token_targets
@@ -40,7 +41,9 @@ __all__ = [
     "TokenStats",
     "check_targets",
     "cross_entropy",
+    "distillation",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_token_stats",
     "log_softmax",
     "next_token_targets",

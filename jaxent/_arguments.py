@@ -11,8 +11,9 @@ import functools
 import inspect
 import math
 import operator
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from jax.typing import ArrayLike
 
 from ._numerics import compute_dtype, widened_dtype
 from ._sparse import SparseTargets
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ArrayOrList = ArrayLike | Sequence[Any]
 TargetsLike = ArrayOrList | SparseTargets
@@ -399,6 +403,59 @@ def _read_coefficient(name: str, value: Any, low: float, high: float, neutral: f
         if array == neutral:
             return None
     return array
+
+
+def read_temperature(temperature: Any) -> Any:
+    """Return a scalar, or None for a Python 1."""
+    array = _read_coefficient("temperature", temperature, -math.inf, math.inf, neutral=1)
+    if array is not None and not isinstance(array, jax.Array) and array <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return array
+
+
+def read_beta(beta: Any) -> tuple[Literal["forward", "reverse", "between"], Any]:
+    """Return the kind of a divergence; and beta, a scalar, where it is between the others."""
+    array = _read_coefficient("beta", beta, 0, 1)
+    if array is None:
+        return "forward", None
+    if not isinstance(array, jax.Array) and array == 1:
+        return "reverse", None
+    return "between", array
+
+
+def read_distilled_targets(
+    targets: Any, ignore_index: Any, shape: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Return targets that only say what is ignored, and the ignored one; None for none."""
+    if targets is None:
+        read_ignore_index(ignore_index)
+        return None, None
+    targets, ignored = read_index_targets(
+        targets,
+        ignore_index,
+        "here they only say which examples are ignored, as integers; a teacher's probabilities are "
+        "targets of cross_entropy",
+    )
+    if targets.shape != shape:
+        raise ValueError(
+            f"targets are {describe(targets)}: they must be {list(shape)}, one for each example"
+        )
+    return (targets, ignored) if ignored is not None else (None, None)
+
+
+def of_teacher(read: Callable[P, R]) -> Callable[P, R]:
+    """Return a check of a student's argument as one of the teacher's, whose errors name that."""
+
+    @functools.wraps(read)
+    def check(*args: P.args, **keywords: P.kwargs) -> R:
+        try:
+            return read(*args, **keywords)
+        except (TypeError, ValueError) as error:
+            names = r"\b(hidden|kernel|bias|class_axis|logit_scale|softcap)\b"
+            kind, message = type(error), re.sub(names, r"teacher_\1", str(error))
+        raise kind(message)
+
+    return check
 
 
 def read_softcap(softcap: Any) -> float | None:

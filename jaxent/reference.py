@@ -27,12 +27,15 @@ from ._arguments import (
     check_reduction,
     check_return_stats,
     is_of_all_classes,
+    of_teacher,
     read_array,
     read_axis,
+    read_beta,
     read_bias,
     read_chunk_size,
     read_class_axis,
     read_class_mask,
+    read_distilled_targets,
     read_dot_general,
     read_hidden_and_kernel,
     read_index_targets,
@@ -43,6 +46,7 @@ from ._arguments import (
     read_sample_weight,
     read_softcap,
     read_targets,
+    read_temperature,
     read_weight,
     read_z_loss,
 )
@@ -232,6 +236,96 @@ def linear_token_stats(
 
 
 @public
+def distillation(
+    logits: ArrayOrList,
+    teacher_logits: ArrayOrList,
+    *,
+    beta: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    axis: int = -1,
+    targets: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: ArrayLike = 1.0,
+    teacher_softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+) -> Array:
+    """Return KL(p, q), KL(q, p), or beta KL(p, m) + (1 - beta) KL(q, m), reduced.
+
+    p is the teacher's distribution, q the student's, and m = beta p + (1 - beta) q.
+    """
+    x, w = (
+        jnp.asarray(read_logits(x, name))
+        for x, name in ((logits, "logits"), (teacher_logits, "teacher_logits"))
+    )
+    if x.shape != w.shape:
+        raise ValueError(f"logits are {list(x.shape)}, teacher_logits {list(w.shape)}")
+    _check_whole(x, axis_name=axis_name, class_axis_name=class_axis_name)
+    axis = read_axis(axis, x.ndim, "logits")
+    examples = x.shape, axis, targets, ignore_index, sample_weight, class_mask
+    transforms = (logit_scale, softcap), (teacher_logit_scale, teacher_softcap)
+    x, w = jnp.moveaxis(x, axis, -1), jnp.moveaxis(w, axis, -1)
+    return _distillation(x, w, examples, reduction, beta, temperature, transforms)
+
+
+@public
+def linear_distillation(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    teacher_hidden: ArrayOrList,
+    teacher_kernel: ArrayOrList,
+    *,
+    bias: ArrayOrList | None = None,
+    teacher_bias: ArrayOrList | None = None,
+    class_axis: int = -1,
+    teacher_class_axis: int = -1,
+    beta: ArrayLike = 0.0,
+    temperature: ArrayLike = 1.0,
+    dtype: DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    targets: ArrayOrList | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    sample_weight: ArrayOrList | None = None,
+    class_mask: ArrayOrList | None = None,
+    logit_scale: ArrayLike = 1.0,
+    softcap: float | None = None,
+    teacher_logit_scale: ArrayLike = 1.0,
+    teacher_softcap: float | None = None,
+    axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    width_axis_name: AxisName = None,
+) -> Array:
+    """Return the divergence of hidden @ kernel + bias from the teacher's."""
+    names = axis_name, class_axis_name, width_axis_name
+    rows = read_array("hidden", hidden).shape[:-1]
+    y = jnp.zeros(rows, jnp.int32) if targets is None else targets
+
+    def logits(hidden: Any, kernel: Any, bias: Any, class_axis: int) -> Array:
+        x: Array = _read_head(
+            hidden, kernel, y, bias, class_axis, dtype, precision, None, chunk_size, ignore_index,
+            None, sample_weight, class_mask, *names,
+        )[0]  # fmt: skip
+        return x
+
+    read_distilled_targets(targets, ignore_index, rows)
+    x = logits(hidden, kernel, bias, class_axis)
+    of_teachers = teacher_hidden, teacher_kernel, teacher_bias, teacher_class_axis
+    w = of_teacher(logits)(*of_teachers)
+    if x.shape != w.shape:
+        raise ValueError(f"logits are {list(x.shape)}, the teacher's {list(w.shape)}")
+    examples = x.shape, x.ndim - 1, targets, ignore_index, sample_weight, class_mask
+    transforms = (logit_scale, softcap), (teacher_logit_scale, teacher_softcap)
+    return _distillation(x, w, examples, reduction, beta, temperature, transforms)
+
+
+@public
 def total_weight(
     targets: ArrayOrList,
     *,
@@ -289,6 +383,58 @@ def _cross_entropy(
     largest = jnp.max(jax.lax.stop_gradient(logits(jnp.zeros(s.shape, bool))), -1)
     loss, squared = _unless_lost(terms, (s == 0) & ~jnp.isfinite(largest), e)
     return _reduce(reduction, e, loss, 0 if z is None else jnp.asarray(z, q.dtype), squared)
+
+
+def _distillation(
+    x: Array,
+    w: Array,
+    examples: Any,
+    reduction: Reduction,
+    beta: Any,
+    temperature: Any,
+    transforms: Any,
+) -> Array:
+    """Return the reduced divergences of the student's logits x and the teacher's w."""
+    check_reduction(reduction)
+    (kind, beta), temperature = read_beta(beta), read_temperature(temperature)
+    dtype = _wide(x.dtype, w.dtype)
+    mask, s = _counted(dtype, *examples)
+    t = jnp.asarray(1 if temperature is None else temperature, dtype)
+    t += _nan_where(~(t > 0), dtype)
+    b = jnp.asarray(0 if beta is None else beta, dtype)
+    b += _nan_where((kind == "between") & ~((b > 0) & (b < 1)), dtype)
+    student = _logits(x, mask, *transforms[0])
+    teacher = of_teacher(_logits)(w, mask, *transforms[1])
+
+    def log_softmax(logits: Array) -> Array:
+        finite = jnp.where(jnp.isinf(logits), 0, logits).astype(dtype)
+        log_p: Array = _log_softmax(jnp.where(jnp.isinf(logits), logits, finite / t))[0]
+        return log_p
+
+    def divergence(lost: Array) -> Array:
+        constant = jax.lax.stop_gradient(teacher(lost))
+        log_q, log_p = log_softmax(student(lost)), log_softmax(constant)
+        if kind == "forward":
+            return _relative_entropy(log_p, log_q)
+        if kind == "reverse":
+            return _relative_entropy(log_q, log_p)
+        m = b * jnp.exp(log_p) + (1 - b) * jnp.exp(log_q)
+        log_m = jnp.where(m == 0, 0, jnp.log(jnp.where(m == 0, 1, m)))
+        return b * _relative_entropy(log_p, log_m) + (1 - b) * _relative_entropy(log_q, log_m)
+
+    lost = (s == 0) & ~jnp.isfinite(divergence(jnp.zeros(s.shape, bool)))
+    terms = s * jnp.where(lost, 0, divergence(lost))
+    if reduction == "none":
+        return terms
+    total = jnp.sum(terms)
+    return total / _or_one(jnp.sum(s)) if reduction == "mean" else total
+
+
+def _relative_entropy(log_p: Array, log_q: Array) -> Array:
+    """Return sum_c p_c (log p_c - log q_c), 0 for a class of no p."""
+    p = jnp.exp(log_p)
+    log_p, log_q = (jnp.where(p == 0, 0, x) for x in (log_p, log_q))
+    return jnp.sum(p * (log_p - log_q), -1)
 
 
 def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> TokenStats:
@@ -451,6 +597,25 @@ def _sparse_examples(
     t = jnp.sum(places * jnp.where(empty | outside, 0, p)[..., None], -2)
     nan = _nan_where(some_outside & (s != 0), s.dtype)
     return _Examples(mask, t + nan[..., None], w, s, s, 1 + nan, places)
+
+
+def _counted(
+    dtype: Any,
+    shape: tuple[int, ...],
+    axis: int,
+    targets: Any,
+    ignore_index: Any,
+    sample_weight: Any,
+    class_mask: Any,
+) -> tuple[Array, Array]:
+    """Return the classes that exist, (..., C), and the sample weights of what counts, (...)."""
+    rows = shape[:axis] + shape[axis + 1 :]
+    targets, ignored = read_distilled_targets(targets, ignore_index, rows)
+    s = _broadcast(read_sample_weight(sample_weight, rows), rows, dtype)
+    mask = _class_mask(class_mask, shape, axis, "logits")
+    has_class = jnp.any(mask, -1)
+    is_ignored = jnp.zeros(rows, bool) if targets is None else jnp.asarray(targets) == ignored
+    return mask | ~has_class[..., None], jnp.where(has_class & ~is_ignored, s, 0)
 
 
 def _index(targets: Any, ignored: Any, num_classes: int | None) -> tuple[Array, Array]:

@@ -356,12 +356,16 @@ def chunk_gradients(
         logits.dtype,
         chunk.places(fixed),
     )
-    d_logits = gradients.x
-    d_hidden, d_kernel = pull_logits(d_logits)
-    d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
     d_mass = None if pull is None else pull(gradients.mass)[0]
-    scale = gradients.transform.scale
-    return Head(d_hidden, d_kernel, d_bias, d_mass, scale, gradients.places)
+    of_head = gradients_of_logits(head, pull_logits, gradients.x, gradients.transform.scale)
+    return of_head._replace(mass=d_mass, places=gradients.places)
+
+
+def gradients_of_logits(head: Head, pull: Pull, d_logits: Array, d_scale: Any) -> Head:
+    """Return the gradients of a chunk, given that of its logits before their scale."""
+    d_hidden, d_kernel = pull(d_logits)
+    d_bias = None if head.bias is None else jnp.sum(d_logits, 0, keepdims=True)
+    return Head(d_hidden, d_kernel, d_bias, None, d_scale)
 
 
 def scatter_width(plan: Plan, gradients: Head) -> Head:

@@ -44,6 +44,10 @@ class Layout(NamedTuple):
         sizes = zip(entries[skip:], shape, whole[skip:])
         return P(*(entry if size == full else None for entry, size, full in sizes))
 
+    def of_argument(self, logits: tuple[int, ...], x: Array) -> P:
+        """Return the spec of an array of the logits' dimensions, or of a scalar."""
+        return self.of_part(x.shape, logits) if x.ndim == len(logits) else P()
+
 
 def read_layout(
     hidden: Array,
@@ -116,8 +120,8 @@ def read_layout(
             f"jax.sharding.reshard(hidden, {layout.of_hidden()})"
         )
     _check_axes(split, class_axis, layout)
-    _check_divisible("hidden", hidden, layout.of_hidden(), mesh)
-    _check_divisible("kernel", kernel, layout.of_kernel(class_axis), mesh)
+    check_divisible("hidden", hidden, layout.of_hidden(), mesh)
+    check_divisible("kernel", kernel, layout.of_kernel(class_axis), mesh)
     return layout
 
 
@@ -138,7 +142,7 @@ def _check_axes(split: str, class_axis: int, layout: Layout) -> None:
         )
 
 
-def _check_divisible(name: str, array: Array, spec: P, mesh: Any) -> None:
+def check_divisible(name: str, array: Array, spec: P, mesh: Any) -> None:
     for axis, entry in enumerate(spec):
         parts = math.prod(mesh.shape[n] for n in flat_names(entry))
         if array.shape[axis] % parts:
@@ -176,6 +180,7 @@ def on_shards(
     kernel: Array,
     rest: Any,
     out_specs: Any = None,
+    specs: Any = None,
 ) -> Any:
     """Call the function with each device's part, or with all where nothing is split.
 
@@ -184,15 +189,14 @@ def on_shards(
         of scalars.
       out_specs: of what comes back, by default a tree of (..., 1); P() for a scalar, the same on
         all devices.
+      specs: those of `rest`, where it holds other arrays.
     """
     if layout.mesh is None:
         return function(hidden, kernel, rest)
     logits = (*hidden.shape[:-1], kernel.shape[class_axis])
-
-    def spec_of(x: Array) -> P:
-        return layout.of_part(x.shape, logits) if x.ndim == len(logits) else P()
-
-    specs = layout.of_hidden(), layout.of_kernel(class_axis), jax.tree.map(spec_of, rest)
+    if specs is None:
+        specs = jax.tree.map(functools.partial(layout.of_argument, logits), rest)
+    specs = layout.of_hidden(), layout.of_kernel(class_axis), specs
     free = _free_axes(layout.mesh)
     if AxisType.Explicit in free.values():
         lay_out = functools.partial(_lay_out, layout.mesh, free)

@@ -145,7 +145,7 @@ def values_of(primals: Any) -> Any:
     return jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, marked))
 
 
-def _cast(gradients: Head, head: Head) -> Head:
+def cast_like(gradients: Head, head: Head) -> Head:
     cast: Head = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, head)
     return cast
 
@@ -241,7 +241,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed, Array], tangents: Any) -> 
     plan = whole(plan)
     shift, sums, best = streamed_sums(plan, *primals)
     fixed = fixed._replace(best=best)
-    plan = _finer(plan)
+    plan = finer(plan)
 
     def local(head: Head, i: Array) -> RowSums:
         """Return the sums over a chunk, with the derivatives of its share in those over all."""
@@ -293,7 +293,7 @@ def _gradients_pass(plan: Plan, floats: Floats, fixed: Fixed) -> Head:
     zeros = zero_gradients(plan, head)
     gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
     # In the dtype of the result: of float32 the order would be changed in another array.
-    return _cast(gradients, head).by_token(blocks.back)
+    return cast_like(gradients, head).by_token(blocks.back)
 
 
 @_gradients.defjvp
@@ -301,7 +301,7 @@ def _gradients_jvp(plan: Plan, primals: tuple[Floats, Fixed], tangents: Any) -> 
     floats, fixed = primals
     head = floats[0]
     gradients = _gradients(plan, *primals)
-    plan = _finer(whole(plan))
+    plan = finer(whole(plan))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(total: Head, i: Array) -> tuple[Head, None]:
@@ -316,10 +316,10 @@ def _gradients_jvp(plan: Plan, primals: tuple[Floats, Fixed], tangents: Any) -> 
 
     zeros = zero_gradients(plan, head)
     d_gradients, _ = jax.lax.scan(step, zeros, chunk_numbers(plan, head))
-    return gradients, _cast(d_gradients, head)
+    return gradients, cast_like(d_gradients, head)
 
 
-def _finer(plan: Plan) -> Plan:
+def finer(plan: Plan) -> Plan:
     """Return the plan with smaller chunks.
 
     Tangents need several arrays of a chunk's size where the first order needs one.

@@ -30,6 +30,8 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         jaxent.cross_entropy(logits, jaxent.SparseTargets(labels[:, None], [[0.5]] * 4)),
         jaxent.total_weight(labels, sample_weight=labels != 0),
         jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
+        jaxent.distillation(logits, logits, beta=0.5, temperature=2, axis=0),
+        jaxent.linear_distillation(logits, kernel, logits, kernel, teacher_class_axis=0),
         # Until it is rewritten:
         jaxent.reference.cross_entropy(logits, labels),  # pyright: ignore[reportUnknownMemberType]
         stats.log_prob,
