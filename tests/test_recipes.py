@@ -84,6 +84,28 @@ def test_offline_distillation():
     assert_same(loss, plain, HIDDEN, KERNEL)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+def test_teacher_distillation(beta):
+    random = np.random.default_rng(1)
+    teacher_hidden = jnp.asarray(random.normal(size=(B, T, 7)), jnp.float32)
+    teacher_kernel = jnp.asarray(random.normal(size=(7, C)), jnp.float32)
+
+    def loss(hidden, kernel):
+        teacher = spoilt(teacher_hidden), teacher_kernel
+        function = recipe("teacher_distillation")["distillation_loss"]
+        return function(spoilt(hidden), kernel, teacher, TARGETS, beta=beta)
+
+    def plain(hidden, kernel):
+        p = jax.nn.softmax(teacher_hidden @ teacher_kernel / 2)
+        q = jax.nn.softmax(hidden @ kernel / 2)
+        m = beta * p + (1 - beta) * q
+        both = {0.0: [(1, p, q)], 1.0: [(1, q, p)]}.get(beta, [(beta, p, m), (1 - beta, q, m)])
+        losses = sum(share * jnp.sum(a * jnp.log(a / b), -1) for share, a, b in both)
+        return 0.5 * mean_loss(hidden, kernel, TARGETS) + 0.5 * 4 * mean_of(losses, COUNTED)
+
+    assert_same(loss, plain, HIDDEN, KERNEL)
+
+
 def spoilt(hidden, counted=COUNTED):
     """Hidden states that are NaN where nothing is counted."""
     return jnp.where(counted[..., None], hidden, jnp.nan)
