@@ -205,13 +205,18 @@ def test_chunk_size_that_is_none_is_refused(chunk_size):
 
 
 @pytest.mark.parametrize("module", [jaxent, reference])
-def test_statistics_of_probabilities_are_refused(module):
-    for function, arguments in (
-        (module.token_stats, (KERNEL, KERNEL)),
-        (module.linear_token_stats, (HIDDEN, KERNEL, jnp.zeros((6, 11)))),
+def test_statistics_of_probabilities_are_of_their_cross_entropy(module):
+    kernel = jax.random.normal(jax.random.key(1), (4, 11))
+    logits = HIDDEN @ kernel
+    probabilities = jax.nn.softmax(3 * jnp.sin(jnp.arange(66.0).reshape(6, 11)))
+    log_prob = jnp.sum(probabilities * jax.nn.log_softmax(logits), -1)
+    correct = jnp.argmax(probabilities, -1) == jnp.argmax(logits, -1)
+    for stats in (
+        module.token_stats(logits, probabilities, axis=-1),
+        module.linear_token_stats(HIDDEN, kernel, probabilities),
     ):
-        with pytest.raises(TypeError, match="given as an index"):
-            function(*arguments)
+        np.testing.assert_allclose(stats.log_prob, log_prob, rtol=1e-5)
+        np.testing.assert_array_equal(stats.correct, correct)
 
 
 def test_criterion_of_another_kind_is_refused():
