@@ -25,6 +25,7 @@ QUESTIONS = (
     "head_ignored",
     "head_memory",
     "head_gpu",
+    "sparse_targets",
     "sharded",
     "compile_time",
     "call_cost",
@@ -39,6 +40,7 @@ ENVIRONMENT = {
     "head_ignored": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "dense_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "head_memory": {"JAX_PLATFORMS": "cpu"},
+    "sparse_targets": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "call_cost": {"JAX_PLATFORMS": "cpu"} | QUIET,
     "sharded": {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
 }

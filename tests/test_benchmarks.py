@@ -44,3 +44,12 @@ def test_sides_of_a_head_on_a_gpu_are_one_loss_and_all_are_timed():
     assert row.values.keys() == found.keys()
     assert row.score
     assert all("TFLOP/s" in note for note in row.notes.split("; "))
+
+
+def test_sparse_targets_are_those_of_the_probabilities_beside_them():
+    from benchmarks import sparse_targets
+
+    targets = sparse_targets.targets_of(8, 40)
+    logits = jax.random.normal(jax.random.key(0), (8, 40))
+    losses = [jaxent.cross_entropy(logits, targets[x]) for x in ("sparse", "probabilities")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
