@@ -153,7 +153,7 @@ def _read_sparse_targets(targets: SparseTargets, ignore_index: Any) -> tuple[Spa
     probabilities = read_array("targets.probabilities", targets.probabilities)
     both = describe_pair("targets.indices", indices, "targets.probabilities", probabilities)
     if not is_float(probabilities):
-        raise TypeError(f"{both}: probabilities must be floats")
+        raise TypeError(f"{both}: targets.probabilities must be floats")
     if probabilities.shape != indices.shape:
         raise ValueError(f"{both}: they must have one shape, (..., K)")
     return SparseTargets(indices, probabilities), ignored

@@ -38,11 +38,13 @@ class LinearHead(nnx.Linear):
 
     Args:
       in_features, out_features: width of the hidden states, number of classes.
-      criterion: the configuration of the loss, a `jaxent.LinearCrossEntropyLoss`. Its dtype
-        precision and dot_general, where given, override those of the layer.
+      criterion: the configuration of the loss, a `jaxent.LinearCrossEntropyLoss`. Its dtype,
+        precision and dot_general, where given, override those of the layer in the loss; the logits
+        are the layer's.
       rngs, and any other keyword: as in `nnx.Linear`. The loss is computed with its dot_general
         (see `jaxent.linear_cross_entropy`) and its promote_dtype, and summed in float32 whatever
-        the preferred_element_type. A dot_general that has parameters is refused.
+        the preferred_element_type. A dot_general that has parameters is refused; for the logits,
+        Flax calls it with `out_sharding` as well.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,7 +79,7 @@ class LinearHead(nnx.Linear):
         self.criterion = criterion
 
     def __call__(self, hidden: Array, out_sharding: Any = None) -> Array:
-        """Return logits, (..., C), as the loss reads them: scaled, capped, -inf where excluded."""
+        """Return the layer's logits, (..., C), scaled, capped and -inf where excluded."""
         logits = super().__call__(hidden, out_sharding)
         scale = read_logit_scale(self.criterion.logit_scale)
         transform = Transform.of(scale, self.criterion.softcap, compute_dtype(logits))

@@ -59,7 +59,7 @@ def next_token_targets(
       Array([   6, -100,    8, -100], dtype=int32)
     """
     x = _read_integers("tokens", tokens)
-    ids = None if segment_ids is None else _read_integers("segment_ids", segment_ids)
+    ids = None if segment_ids is None else _read_segments(segment_ids)
     if x.ndim == 0:
         raise ValueError("tokens must be a sequence, (..., T), got a scalar")
     if ids is not None and ids.shape != x.shape:
@@ -79,6 +79,14 @@ def _read_integers(name: str, value: Any) -> Any:
     if array.dtype != object and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer array, got {describe(array)}")
     return read_targets(array, None)[0]
+
+
+def _read_segments(segment_ids: Any) -> Any:
+    """Return the numbers of segments, which tell as many apart: JAX would cut those of 64 bits."""
+    whole = whole_numbers(segment_ids)
+    if whole is not None and whole.dtype.itemsize == 8:
+        segment_ids = np.unique(whole, return_inverse=True)[1].reshape(whole.shape)
+    return _read_integers("segment_ids", segment_ids)
 
 
 def _dtype_with(dtype: Any, number: int) -> Any:

@@ -36,6 +36,7 @@ from ._xla import (
     is_inside,
     one_hot,
     put_at_class,
+    rounded,
     sum_classes,
     take_class,
     zeros_like,
@@ -68,14 +69,14 @@ class Transform(NamedTuple):
     def scaled(self, x: Array) -> Array:
         """Return scale * x."""
         x = x.astype(compute_dtype(x))
-        return x if self.scale is None else self.scale * x
+        return x if self.scale is None else rounded(self.scale * x)
 
     def capped(self, scaled: Array) -> Array:
         """Return the cap of scale * x, a monotone function of it."""
         if self.cap is None:
             return scaled
         cap = jnp.asarray(self.cap, scaled.dtype)
-        return cap * jnp.tanh(scaled / cap)
+        return rounded(cap * jnp.tanh(scaled / cap))
 
     def cap_slope(self, x: Array) -> Any:
         """Return the derivative of the cap at scale * x, finite for every x."""

@@ -19,8 +19,7 @@ class SparseTargets(NamedTuple):
         places are empty is not counted, as one of padding is not. Any other index outside [0, C)
         makes its example NaN, whatever its probability is, 0 too.
       probabilities: float, (..., K), taken as given: they need be neither non-negative nor
-        normalized. `None` is for `jaxent.token_stats` and `jaxent.linear_token_stats`, which then
-        say something of each of the classes.
+        normalized.
 
     Example:
       >>> import jax.numpy as jnp
@@ -31,4 +30,4 @@ class SparseTargets(NamedTuple):
     """
 
     indices: ArrayLike | Sequence[Any]
-    probabilities: ArrayLike | Sequence[Any] | None = None
+    probabilities: ArrayLike | Sequence[Any]

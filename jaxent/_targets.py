@@ -27,7 +27,7 @@ from ._classes import along
 from ._numerics import blank_uncounted, nan_where
 from ._rows import Places, Transform
 from ._sparse import SparseTargets
-from ._xla import class_numbers, take_class, zeros_like
+from ._xla import add_at_class, class_numbers, take_class, zeros_like
 
 
 class Given(NamedTuple):
@@ -349,16 +349,15 @@ def _make_sparse(
 
 
 def _each_class_once(index: Array, mass: Array, axis: int) -> tuple[Array, Array]:
-    """Return the classes, -1 for all but the first of the same, and the mass of each in sum.
-
-    A CPU compares all pairs of 16 places in an eighth of the time that it takes to sort them.
-    """
-    axis %= index.ndim
-    one, other = (jnp.expand_dims(index, a) for a in (axis + 1, axis))
-    same, number = one == other, class_numbers(index, axis)
-    is_later = jnp.expand_dims(number, axis + 1) > jnp.expand_dims(number, axis)
-    mass = jnp.sum(jnp.where(same, jnp.expand_dims(mass, axis), 0), axis + 1)
-    return jnp.where(jnp.any(same & is_later, axis + 1), -1, index), mass
+    """Return the classes in their order, -1 for all but the first of the same, and each's sum."""
+    place = zeros_like(index, jnp.int32) + class_numbers(index, axis)
+    ordered, order = jax.lax.sort((index, place), axis, num_keys=1)
+    first = jax.lax.slice_in_dim(ordered, 0, 1, axis=axis)
+    before = jax.lax.slice_in_dim(ordered, 0, -1, axis=axis)
+    is_new = ordered != jax.lax.concatenate([zeros_like(first) - 1, before], axis)
+    slot = jax.lax.cummax(jnp.where(is_new, place, 0), axis % index.ndim)
+    _, slot = jax.lax.sort((order, slot), axis, num_keys=1)
+    return jnp.where(is_new, ordered, -1), add_at_class(zeros_like(mass), slot, mass, axis)
 
 
 def _where_counted(uniform: TargetMass, sample_weight: Array) -> TargetMass:

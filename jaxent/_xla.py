@@ -242,6 +242,24 @@ def _scatter_dimensions(axis: int, x: Array) -> jax.lax.ScatterDimensionNumbers:
     return jax.lax.ScatterDimensionNumbers((), (axis,), (axis,), batch, batch)
 
 
+def add_at_class(x: Array, index: Array, values: Array, axis: int) -> Array:
+    """Return x with these values added at the classes of an index, which may have one twice."""
+    at = index[..., None], values, _scatter_dimensions(axis, x)
+    added: Array = jax.lax.scatter_add(x, *at, mode="drop")
+    return added
+
+
+@workaround(lambda product: product)
+def rounded(product: Array) -> Array:
+    """Return a product as it is, which what follows cannot make part of its own rounding.
+
+    A CPU makes one operation, rounded once, of a product and a difference, in one loop and not in
+    another (jax 0.12.0.1): the largest of the logits scale * x then is not 0 from itself, and what
+    is nearly certain, or nearly equal to a teacher's, loses its digits.
+    """
+    return jnp.where(jnp.isfinite(product), product, 2 * product)
+
+
 # Rows in blocks of classes.
 
 

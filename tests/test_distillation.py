@@ -678,3 +678,34 @@ def test_a_traced_number_out_of_range_is_nan():
         traced = {k: jnp.float32(v) for k, v in keywords.items()}
         assert np.isnan(jaxent.distillation(X, W, **traced))
     assert np.isnan(jaxent.linear_distillation(X, T, W, T, **traced))
+
+
+CAPPED = {"softcap": 30.0, "teacher_softcap": 30.0}
+
+
+def test_a_cap_costs_a_nearly_certain_row_none_of_its_digits():
+    logits = 3 * np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+    logits[:, 0] = np.linspace(36, 46, 64)
+    teacher = logits + np.array([1, 0, 0], "float32")
+
+    def gradient(module, dtype):
+        def total(z):
+            return module.distillation(z, teacher.astype(dtype), reduction="sum", **CAPPED)
+
+        return jax.jit(jax.grad(total))(logits.astype(dtype))
+
+    actual = gradient(jaxent, "float32")
+    with jax.enable_x64(True):
+        expected = gradient(reference, "float64")
+    # Of capped logits near 30, a rounding is a part in 500000.
+    np.testing.assert_allclose(actual, expected, rtol=2e-4)
+
+
+def test_a_scale_leaves_distributions_that_sum_to_1():
+    logits, teacher = np.array([[1e6 + 3, 0]], "float32"), np.array([[0, 1234567]], "float32")
+    scales = {"logit_scale": 0.7, "teacher_logit_scale": 0.7}
+    between = jaxent.distillation(logits, teacher, beta=0.5, **scales)
+    np.testing.assert_allclose(between, np.log(2), rtol=1e-6)
+    head = [np.full((1, 1), 1e3, "float32"), logits / 1e3, np.full((1, 1), 1e3), teacher / 1e3]
+    between = jaxent.linear_distillation(*head, beta=0.5, **scales)
+    np.testing.assert_allclose(between, np.log(2), rtol=1e-6)

@@ -111,3 +111,11 @@ def test_an_explicit_mesh_may_split_the_sequence():
 def test_refused_by_name(keywords, error, message):
     with pytest.raises(error, match=message):
         jaxent.next_token_targets(**({"tokens": [1, 2, 3]} | keywords))
+
+
+@pytest.mark.parametrize("ids", [[2**40, 2**40, 2**41, 2**41], [2**63, 2**63, 2**63 + 1, 0]])
+def test_segments_are_told_apart_whatever_their_numbers(ids):
+    for segment_ids in (ids, np.array(ids, "uint64")):
+        targets = jaxent.next_token_targets(np.array([5, 6, 7, 8]), segment_ids=segment_ids)
+        last = 8 if ids[-1] == ids[-2] else -100
+        np.testing.assert_array_equal(targets, [6, -100, last, -100])

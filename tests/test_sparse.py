@@ -388,6 +388,23 @@ def test_objects_take_sparse_targets():
     )
 
 
+def test_many_places_take_memory_as_their_number_does():
+    def scratch(places):
+        arrays = [
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in [((256, 512), "float32"), ((256, places), "int32")]
+        ]
+
+        def loss(x, indices):
+            targets = SparseTargets(indices, jnp.full(indices.shape, 1 / places))
+            return jaxent.cross_entropy(x, targets)
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(*arrays).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert scratch(256) < 6 * scratch(64)
+
+
 def test_a_head_with_sparse_targets_holds_no_logits_and_no_dense_targets():
     """Beyond what class indices take: a chunk's gradient, and a few arrays (N, K)."""
     tokens, width, classes, places = 512, 16, 16384, 8

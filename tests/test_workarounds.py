@@ -157,8 +157,21 @@ def test_class_numbers_are_split_like_the_classes():
     assert [spec[-1] for spec in specs] == ["model", None]
 
 
+def test_largest_logits_are_not_0_from_themselves_in_every_loop():
+    hidden, kernel = jnp.array([[4.0], [6.5]]), jnp.array([[6.3, 0.0]])
+    one_hot = jnp.array([[1.0, 0.0], [1.0, 0.0]])
+
+    def smallest_loss():
+        keywords = {"logit_scale": 0.7, "chunk_size": 1, "reduction": "none"}
+        return jaxent.linear_cross_entropy(hidden, kernel, one_hot, **keywords)[-1]
+
+    assert 3.5e-13 < smallest_loss() < 3.6e-13
+    with _xla.without("rounded"):
+        assert abs(smallest_loss()) > 1e-7
+
+
 def test_a_workaround_is_counted_here_and_says_where_it_was_seen():
-    of_its_own = {"packed", "zeros_like", "class_numbers"}
+    of_its_own = {"packed", "zeros_like", "class_numbers", "rounded"}
     assert COUNTED.keys() | of_its_own == _xla.WORKAROUNDS.keys()
     for function in _xla.WORKAROUNDS.values():
         assert "jax 0." in " ".join(function.__doc__.split()), function.__name__
