@@ -697,8 +697,8 @@ def test_a_cap_costs_a_nearly_certain_row_no_more_than_a_rounding_of_a_rounding(
     actual = gradient(jaxent, "float32")
     with jax.enable_x64(True):
         expected = gradient(reference, "float64")
-    # A capped logit may be another by a rounding in another loop: the largest is so far from itself,
-    # and a derivative is off by a rounding of that.
+    # A capped logit may be another by a rounding in another loop: the largest is so far from
+    # itself, and a derivative is off by a rounding of that.
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=30 * eps("float32") ** 2)
 
 
