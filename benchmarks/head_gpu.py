@@ -16,7 +16,7 @@ import jaxent
 
 from .engine import Row, interleaved, number, outcome
 from .head_speed import best, in_order
-from .heads import draw, naive, of_tokamax, tokamax
+from .heads import case_of, draw, naive, of_tokamax, tokamax
 
 UNIT = "ms"
 CHUNKS = {f"chunk {size}": size for size in (1024, 2048, 4096, 8192, 16384, 32768)}
@@ -59,8 +59,7 @@ def notes_of(side, seconds, program, shape):
 
 
 def named(shape):
-    tokens, width, classes = shape
-    return Row({"dtype": "bfloat16", "width": width, "classes": classes, "tokens": tokens}, {})
+    return Row(case_of(shape, "bfloat16"), {})
 
 
 def filled(row, shape, reps):

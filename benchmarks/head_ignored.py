@@ -15,7 +15,7 @@ import jaxent
 
 from .engine import Row, interleaved, number
 from .head_speed import in_order
-from .heads import draw, naive, runner
+from .heads import case_of, draw, naive, runner
 
 UNIT = "ms"
 SIDES = ("jaxent", "by classes", "naive")
@@ -42,9 +42,7 @@ def targets_of(arrays, part):
 
 def rows(options):
     for shape, dtype in itertools.product(SHAPES, DTYPES):
-        tokens, width, classes = shape
-        case = {"dtype": dtype, "width": width, "classes": classes, "tokens": tokens}
-        found = [Row(case | {"ignored": part}, {}) for part in PARTS]
+        found = [Row(case_of(shape, dtype) | {"ignored": part}, {}) for part in PARTS]
         if not any(options.only in row.name for row in found):
             continue
         arrays = draw(shape, dtype)

@@ -16,7 +16,7 @@ from jaxent import _linear
 from jaxent._forms import forced
 
 from .engine import Row, interleaved, number
-from .heads import DTYPES, INSTALLED, PEERS, SHAPES, draw, runner, runner_of
+from .heads import DTYPES, INSTALLED, PEERS, SHAPES, case_of, draw, runner, runner_of
 from .heads import SIDES as LIBRARIES
 
 UNIT = "ms"
@@ -124,8 +124,6 @@ def rows(options):
     for (shape, dtype), gradients in itertools.product(
         itertools.product(surface(), DTYPES), (False, True)
     ):
-        tokens, width, classes = shape
-        case = {"dtype": dtype, "width": width, "classes": classes, "tokens": tokens}
-        row = Row(case | {"pass": "with backward" if gradients else "forward"}, {})
+        row = Row(case_of(shape, dtype) | {"pass": "with backward" if gradients else "forward"}, {})
         if options.only in row.name and (gradients or shape in SHAPES):
             yield (of_gradients if gradients else of_loss)(row, shape, options.reps)

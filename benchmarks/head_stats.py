@@ -12,7 +12,7 @@ import jaxent
 
 from .engine import Row, interleaved, number
 from .head_ignored import SHAPES
-from .heads import DTYPES, draw
+from .heads import DTYPES, case_of, draw
 
 UNIT = "ms"
 SIDES = ("with statistics", "two passes", "loss alone")
@@ -49,7 +49,6 @@ def filled(row, shape, reps):
 
 def rows(options):
     for shape, dtype in itertools.product(SHAPES, DTYPES):
-        tokens, width, classes = shape
-        row = Row({"dtype": dtype, "width": width, "classes": classes, "tokens": tokens}, {})
+        row = Row(case_of(shape, dtype), {})
         if options.only in row.name:
             yield filled(row, shape, options.reps)

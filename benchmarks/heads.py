@@ -15,6 +15,12 @@ SHAPES = ((1024, 256, 131072), (2048, 512, 32768), (2048, 2048, 16384))  # token
 DTYPES = ("float32", "bfloat16")
 
 
+def case_of(shape, dtype):
+    """What the rows of a head of this shape are named by."""
+    tokens, width, classes = shape
+    return {"dtype": dtype, "width": width, "classes": classes, "tokens": tokens}
+
+
 def naive(hidden, kernel, targets):
     logits = (hidden @ kernel).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()

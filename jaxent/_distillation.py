@@ -39,25 +39,26 @@ from ._arguments import (
     read_softcap,
     read_temperature,
 )
-from ._axes import (
-    AxisName,
-    Names,
-    in_shard_map,
-    num_shards,
-    read_axis_names,
-)
+from ._axes import AxisName, Names, num_shards, read_axis_names
 from ._calls import compiled, public
 from ._classes import along
 from ._divergence import Form, row_divergences
 from ._forms import chosen
-from ._head.chunks import Fixed, Head, Plan
+from ._head.chunks import Fixed, Head, Plan, blank_tokens, flatten_tokens, gather_kernel
 from ._head.divergence import Pair, Plans, head_divergences
-from ._head.mesh import Layout, check_divisible, lay_out_like, on_shards, read_layout
+from ._head.mesh import (
+    Layout,
+    check_divisible,
+    gathered_before,
+    lay_out_given,
+    on_shards,
+    read_layout,
+)
 from ._head.sizes import balance, choose_block, choose_chunk
 from ._numerics import compute_dtype, nan_where
 from ._reduction import reduce
 from ._rows import Transform
-from ._targets import class_table, read_existing
+from ._targets import read_examples, weights_of
 from ._xla import zeros_like
 
 # XLA's CPU compiler holds so many arrays of a chunk's logits, of both heads and what is made of
@@ -389,9 +390,7 @@ def linear_distillation(
         check_divisible("teacher_hidden", teacher_h, layout.of_hidden(), layout.mesh)
         kernel_spec = layout.of_kernel(teacher_class_axis)
         check_divisible("teacher_kernel", teacher_k, kernel_spec, layout.mesh)
-    gathered: Names = ()
-    if layout.mesh is None and not in_shard_map(layout.width):
-        layout, gathered = layout._replace(width=()), layout.width
+    layout, gathered = gathered_before(layout)
     chunk = read_chunk_size(chunk_size)
 
     def plan(class_axis: int, dtype: Any) -> Plan:
@@ -421,12 +420,8 @@ def _linear_distillation(
     pair, dtype = plans.pair, plans.dtype
     num_classes, ndim = kernel.student.shape[plans.student.class_axis], hidden.student.ndim
     shape = (*hidden.student.shape[:-1], num_classes)
-    kernel = Pair(*map(_gathered, pair, kernel))
-    if layout.mesh is not None:
-        names = "targets", "sample_weight", "class_mask"
-        arrays = {name: getattr(given, name) for name in names}
-        moved = lay_out_like(hidden.student, layout, num_classes, **arrays)
-        given = given._replace(**dict(zip(names, moved)))
+    kernel = Pair(*map(gather_kernel, pair, kernel))
+    given = lay_out_given(hidden.student, layout, num_classes, given)
     classes = layout.classes if layout.mesh is None else ()
     class_mask, sample_weight = read_counted(ndim - 1, shape, dtype, given, classes)
     skip = options.skip and sample_weight is not None
@@ -436,10 +431,6 @@ def _linear_distillation(
     coolness, beta = given.scalars(dtype)
     transforms = given.transforms(*(compute_dtype(plan) for plan in pair))
 
-    def blank(x: Array) -> Array:
-        finite = jnp.all(jnp.isfinite(x), -1, keepdims=True)
-        return jnp.where(uncounted & ~finite, 0, x)
-
     def read(plan: Plan, bias: Any, transform: Transform) -> tuple[Head, Fixed]:
         if bias is not None:
             bias = along(-1, ndim, bias.astype(compute_dtype(plan)))
@@ -448,14 +439,14 @@ def _linear_distillation(
 
     heads_and_fixed = Pair(*map(read, pair, bias, transforms))
     rest = heads_and_fixed, coolness, beta, sample_weight
-    student_hidden, teacher_hidden = map(blank, hidden)
+    student_hidden, teacher_hidden = (blank_tokens(x, uncounted) for x in hidden)
 
     def local(hidden: Array, kernel: Array, others: tuple[Array, Array, Any]) -> Array:
         teacher_hidden, teacher_kernel, rest = others
-        heads_and_fixed, coolness, beta, sample_weight = jax.tree.map(_flatten_tokens, rest)
+        heads_and_fixed, coolness, beta, sample_weight = jax.tree.map(flatten_tokens, rest)
         (student, fixed), (teacher, teacher_fixed) = heads_and_fixed
-        student = student._replace(hidden=_flatten_tokens(hidden), kernel=kernel)
-        teacher = teacher._replace(hidden=_flatten_tokens(teacher_hidden), kernel=teacher_kernel)
+        student = student._replace(hidden=flatten_tokens(hidden), kernel=kernel)
+        teacher = teacher._replace(hidden=flatten_tokens(teacher_hidden), kernel=teacher_kernel)
         heads = Pair(student, teacher)
         fitted = _fitted(plans, heads, skip)
         divergence = head_divergences(
@@ -479,20 +470,6 @@ def _linear_distillation(
         local, layout, plans.student.class_axis, student_hidden, kernel.student, others, specs=specs
     )
     return reduced(ndim - 1, divergence, sample_weight, options.reduction, layout.examples)
-
-
-def _gathered(plan: Plan, kernel: Array) -> Array:
-    if not plan.gathered:
-        return kernel
-    gathered: Array = jax.lax.all_gather(
-        kernel, plan.gathered, axis=1 - plan.class_axis, tiled=True
-    )
-    return gathered
-
-
-def _flatten_tokens(x: Array) -> Array:
-    """Return (..., D) as (N, D)."""
-    return x.reshape(-1, x.shape[-1]) if x.ndim else x
 
 
 def _fitted(plans: Plans, heads: Pair, skip: bool) -> Plans:
@@ -554,23 +531,12 @@ def read_counted(
 
     The weights are None where all are 1.
     """
-    rows = (*shape[:axis], 1, *shape[axis + 1 :])
-    class_mask, sample_weight = class_table(given.class_mask, shape, axis), None
-    if given.sample_weight is not None:
-        sample_weight = jnp.broadcast_to(given.sample_weight, shape[:axis] + shape[axis + 1 :])
-        sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
-    gone = []
-    if class_mask is not None:
-        class_mask, count = read_existing(class_mask, axis, classes)
-        gone.append(jnp.broadcast_to(count == 0, rows))
+    class_mask, _, is_gone, sample_weight = read_examples(axis, shape, dtype, given, classes)
     if given.ignore_index is not None:
-        gone.append(jnp.expand_dims(given.targets == given.ignore_index, axis))
-    if gone:
-        is_gone = functools.reduce(jnp.logical_or, gone)
-        if sample_weight is None:
-            sample_weight = (~is_gone).astype(dtype)
-        else:
-            sample_weight = jnp.where(is_gone, 0, sample_weight)
+        ignored = jnp.expand_dims(given.targets == given.ignore_index, axis)
+        is_gone = ignored if is_gone is None else ignored | is_gone
+    if is_gone is not None:
+        sample_weight = weights_of(sample_weight, is_gone, dtype)
     return class_mask, sample_weight
 
 

@@ -40,9 +40,7 @@ from ._arguments import (
 )
 from ._axes import (
     AxisName,
-    Names,
     flat_names,
-    in_shard_map,
     local_index,
     num_shards,
     psum,
@@ -51,9 +49,9 @@ from ._axes import (
 from ._calls import compiled, public
 from ._classes import along
 from ._forms import chosen
-from ._head.chunks import Fixed, Head, Plan
+from ._head.chunks import Fixed, Head, Plan, blank_tokens, flatten_tokens, gather_kernel
 from ._head.forward import head_total
-from ._head.mesh import Layout, lay_out_like, on_shards, read_layout
+from ._head.mesh import Layout, gathered_before, lay_out_given, on_shards, read_layout
 from ._head.sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
 from ._head.streaming import head_sums
 from ._keywords import LinearCrossEntropyKeywords
@@ -296,7 +294,7 @@ def rows_of_head(
     rest = head[2:], _fixed(rows, given.softcap), rows.sample_weight
 
     def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, RowSums, Array | None]:
-        others, fixed, sample_weight = jax.tree.map(_flatten_tokens, rest)
+        others, fixed, sample_weight = jax.tree.map(flatten_tokens, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         num_classes, names = kernel.shape[plan.class_axis], layout.classes
         target, here = fixed.target, None
@@ -336,7 +334,7 @@ def _total(
     rest = head[2:], Weights(rows.weights(), given.z_loss, divisors), _fixed(rows, given.softcap)
 
     def local(hidden: Array, kernel: Array, rest: Any) -> tuple[Array, Any]:
-        others, floats, fixed = jax.tree.map(_flatten_tokens, rest)
+        others, floats, fixed = jax.tree.map(flatten_tokens, rest)
         head, fitted = _local(plan, hidden, kernel, others)
         total, found = head_total(fitted, _divided_terms, head, floats, fixed)
         found = jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), found)
@@ -370,15 +368,10 @@ def _divided_terms(floats: Weights, shift: Array, sums: RowSums, is_prediction: 
 
 def _local(plan: Plan, hidden: Array, kernel: Array, others: Any) -> tuple[Head, Plan]:
     """Return a device's head, its tokens in a row, and the plan with chunks of its classes."""
-    head = Head(_flatten_tokens(hidden), kernel, *others)
+    head = Head(flatten_tokens(hidden), kernel, *others)
     num_classes = kernel.shape[plan.class_axis]
     chunk = min(plan.chunk or choose_chunk(plan, head), num_classes)
     return head, dataclasses.replace(plan, chunk=chunk, block=choose_block(plan, head))
-
-
-def _flatten_tokens(x: Array) -> Array:
-    """Return (..., D) as (N, D)."""
-    return x.reshape(-1, x.shape[-1]) if x.ndim else x
 
 
 def read_head(
@@ -415,10 +408,7 @@ def read_head(
     mask = given.class_mask
     tables = is_of_all_classes(targets) or (mask is not None and mask.ndim > 1)
     some_uncounted = given.ignore_index is not None or given.sample_weight is not None
-    gathered: Names = ()
-    if layout.mesh is None and not in_shard_map(layout.width):
-        # Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered.
-        layout, gathered = layout._replace(width=()), layout.width
+    layout, gathered = gathered_before(layout)
     precision, dot_general = read_precision(precision, dtype), read_dot_general(dot_general)
     check_product(dot_general, hidden, kernel, class_axis, (dtype, precision))
     plan = Plan(
@@ -442,22 +432,15 @@ def _make_head(
     num_classes = kernel.shape[plan.class_axis]
     # Beyond the hand-written gradients, so that these are summed in a wider dtype.
     hidden, kernel = (x.astype(widened_dtype(x)) for x in (hidden, kernel))
-    if plan.gathered:
-        kernel = jax.lax.all_gather(kernel, plan.gathered, axis=1 - plan.class_axis, tiled=True)
-    if layout.mesh is not None:
-        names = "targets", "sample_weight", "class_mask"
-        moved = lay_out_like(
-            hidden, layout, num_classes, **{name: getattr(given, name) for name in names}
-        )
-        given = given._replace(**dict(zip(names, moved)))
+    kernel = gather_kernel(plan, kernel)
+    given = lay_out_given(hidden, layout, num_classes, given)
     wide = compute_dtype(plan)
     shape = (*hidden.shape[:-1], num_classes)
     classes = layout.classes if layout.mesh is None else ()
     rows = make_targets(len(shape) - 1, shape, wide, given, classes)
     if layout.mesh is not None and layout.classes:
         rows = rows.unlike_classes(num_classes)
-    finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
-    hidden = jnp.where(rows.uncounted & ~finite, 0, hidden)
+    hidden = blank_tokens(hidden, rows.uncounted)
     if bias is not None:
         bias = along(-1, hidden.ndim, bias.astype(wide))
     places = None if rows.places is None else rows.places.mass

@@ -22,7 +22,7 @@ from ._rows import (
     log_total,
     surprise,
 )
-from ._targets import Given, Targets
+from ._targets import Given, TargetMass, Targets
 from ._xla import sums_of
 
 Rows = tuple[Targets, Any, RowSums, Any]  # targets, shift, sums and most probable class
@@ -185,7 +185,7 @@ def token_stats_of(
 def _most_probable(rows: Targets, classes: Names) -> Array:
     """Return the class of the largest probability, the first of equals; -1 if one is nowhere."""
     if rows.places is None:
-        probabilities: Any = rows.mass and rows.mass.probabilities
+        probabilities = cast(TargetMass, rows.mass).probabilities
         _, largest, best = row_max(rows.axis, Transform(), probabilities, None, with_class=True)
         return combine_argmax(largest, best, probabilities.shape[rows.axis], classes)[0]
     index, mass, outside = *rows.places, cast(Array, rows.outside)

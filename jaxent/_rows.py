@@ -372,7 +372,8 @@ def surprise(left: Array, others: Array) -> Array:
     """Return -log p of the class apart, right to its last digits where p is nearly 1.
 
     It is log1p(others * exp(-left)), and so is right whatever is small beside `left`: that of the
-    largest class is 0 to a rounding only, where a compiler makes one operation of scale * x - m.
+    largest class is 0 to a rounding only, where a compiler makes one operation of a product of
+    width 1 and its difference from m, or where a cap is another number in another loop.
     """
     low = jnp.maximum(left, -64)  # exp(64) times a sum over all classes is finite
     return jnp.log1p(others * jnp.exp(-low)) + (low - left)

@@ -171,13 +171,13 @@ class Targets:
 
     axis: int
     class_mask: Array | None  # bool, of the logits' shape or a table; None where all exist
-    index: Array | None  # int32, -1 if out of range; None for probabilities
-    local_index: Array | None  # the same relative to this shard's classes; -1 for other shards' too
-    target_weight: Array | None  # None for 1; of each example, or a scalar
     mass: TargetMass | None
     sample_weight: Array  # 0 for examples that are not counted
     example_weight: Array  # the same, but NaN where the target is out of range
     denominator: Array  # what `mean` divides by, summed
+    index: Array | None = None  # int32, -1 if out of range; None for probabilities
+    local_index: Array | None = None  # relative to this shard's classes; -1 for other shards' too
+    target_weight: Array | None = None  # None for 1; of each example, or a scalar
     outside: Array | None = None  # bool: whether an index is out of range, of what is counted
     places: Places | None = None  # of sparse targets
     local_places: Places | None = None  # their classes relative to this shard's
@@ -229,34 +229,23 @@ def make_targets(
     """
     ndim, num_classes = len(shape), shape[axis]
     all_classes = num_classes * num_shards(classes)
-    class_mask = class_table(given.class_mask, shape, axis)
+    class_mask, count, is_gone, sample_weight = read_examples(axis, shape, dtype, given, classes)
     weight = None if given.weight is None else along(axis, ndim, given.weight.astype(dtype))
     smoothing, share = given.label_smoothing, jnp.asarray(1 / all_classes, dtype)
     if smoothing is not None:
         smoothing = smoothing.astype(dtype)
         smoothing += nan_where(~((smoothing >= 0) & (smoothing <= 1)), dtype)
-    sample_weight = given.sample_weight
-    if sample_weight is not None:
-        sample_weight = jnp.broadcast_to(sample_weight, shape[:axis] + shape[axis + 1 :])
-        sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
-    is_gone = None  # not counted, whatever its weight
-    if class_mask is not None:
-        # A row without classes is not counted; with all of them, it is at least finite.
-        class_mask, count = read_existing(class_mask, axis, classes)
-        is_gone = jnp.broadcast_to(count == 0, (*shape[:axis], 1, *shape[axis + 1 :]))
+    if count is not None:
         share = 1 / jnp.where(count == 0, all_classes, count).astype(dtype)
 
     targets = given.targets
     if is_of_all_classes(targets):
         rows = (*shape[:axis], 1, *shape[axis + 1 :])
         is_gone = jnp.zeros(rows, bool) if is_gone is None else is_gone
-        sample_weight = _weights(sample_weight, is_gone, dtype)
+        sample_weight = weights_of(sample_weight, is_gone, dtype)
         return Targets(
             axis=axis,
             class_mask=class_mask,
-            index=None,
-            local_index=None,
-            target_weight=None,
             mass=TargetMass(targets, sample_weight, smoothing, share, weight),
             sample_weight=sample_weight,
             example_weight=sample_weight,
@@ -286,6 +275,7 @@ def make_targets(
     if smoothing is not None:
         target_weight = (1 - smoothing) * (1 if target_weight is None else target_weight)
         mass = _where_counted(TargetMass(None, None, smoothing, share, weight), sample_weight)
+    outside &= sample_weight != 0
     return Targets(
         axis=axis,
         class_mask=class_mask,
@@ -295,10 +285,35 @@ def make_targets(
         mass=mass,
         sample_weight=sample_weight,
         # A product, so that the NaN reaches every gradient that the example has a part in.
-        example_weight=sample_weight * (1 + nan_where(outside & (sample_weight != 0), dtype)),
+        example_weight=sample_weight * (1 + nan_where(outside, dtype)),
         denominator=denominator,
-        outside=outside & (sample_weight != 0),
+        outside=outside,
     )
+
+
+class Examples(NamedTuple):
+    """What is said of examples beside their targets; None for what is not said."""
+
+    class_mask: Array | None  # which classes exist, all of them in a row that has none
+    num_existing: Array | None  # how many they were
+    is_gone: Array | None  # bool, (..., 1, ...), of rows not counted whatever their weight
+    sample_weight: Array | None  # (..., 1, ...)
+
+
+def read_examples(
+    axis: int, shape: tuple[int, ...], dtype: Any, given: Any, classes: Names
+) -> Examples:
+    """Read `class_mask` and `sample_weight` of what was given for logits of this shape."""
+    class_mask, count, is_gone = class_table(given.class_mask, shape, axis), None, None
+    sample_weight = given.sample_weight
+    if sample_weight is not None:
+        sample_weight = jnp.broadcast_to(sample_weight, shape[:axis] + shape[axis + 1 :])
+        sample_weight = jnp.expand_dims(sample_weight.astype(dtype), axis)
+    if class_mask is not None:
+        # A row without classes is not counted; with all of them, it is at least finite.
+        class_mask, count = read_existing(class_mask, axis, classes)
+        is_gone = jnp.broadcast_to(count == 0, (*shape[:axis], 1, *shape[axis + 1 :]))
+    return Examples(class_mask, count, is_gone, sample_weight)
 
 
 def _make_sparse(
@@ -335,9 +350,6 @@ def _make_sparse(
     return Targets(
         axis=axis,
         class_mask=class_mask,
-        index=None,
-        local_index=None,
-        target_weight=None,
         mass=None if smoothing is None else _where_counted(uniform, sample_weight),
         sample_weight=sample_weight,
         example_weight=sample_weight * (1 + nan),
@@ -380,10 +392,10 @@ def _weights_of_indices(
     if sample_weight is not None:
         # Out of range and of weight 0 is not counted either, and has no loss to derive.
         is_gone |= outside & (sample_weight == 0)
-    return _weights(sample_weight, is_gone, dtype)
+    return weights_of(sample_weight, is_gone, dtype)
 
 
-def _weights(sample_weight: Array | None, is_gone: Array, dtype: Any) -> Array:
+def weights_of(sample_weight: Array | None, is_gone: Array, dtype: Any) -> Array:
     """Return sample weights, 0 for what is gone."""
     if sample_weight is None:
         return (~is_gone).astype(dtype)

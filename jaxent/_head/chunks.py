@@ -198,8 +198,7 @@ def _read_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
     if not plan.width:
         return part
     part = part.astype(plan.dtype)  # so that no more is sent than is used
-    gathered: Array = jax.lax.all_gather(part, plan.width, axis=1 - plan.class_axis, tiled=True)
-    return gathered
+    return _gather(plan, part, plan.width)
 
 
 def _slice_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
@@ -376,6 +375,29 @@ def scatter_width(plan: Plan, gradients: Head) -> Head:
         gradients.kernel, plan.width, scatter_dimension=1 - plan.class_axis, tiled=True
     )
     return gradients._replace(kernel=kernel)
+
+
+def flatten_tokens(x: Array) -> Array:
+    """Return (..., D) as (N, D)."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim else x
+
+
+def gather_kernel(plan: Plan, kernel: Array) -> Array:
+    """Return the kernel, whole along the axes over which no chunk can be gathered."""
+    if not plan.gathered:
+        return kernel
+    return _gather(plan, kernel, plan.gathered)
+
+
+def _gather(plan: Plan, kernel: Array, width: Names) -> Array:
+    gathered: Array = jax.lax.all_gather(kernel, width, axis=1 - plan.class_axis, tiled=True)
+    return gathered
+
+
+def blank_tokens(hidden: Array, uncounted: Array) -> Array:
+    """Return hidden states, 0 for tokens that are neither counted nor finite."""
+    finite = jnp.all(jnp.isfinite(hidden), -1, keepdims=True)
+    return jnp.where(uncounted & ~finite, 0, hidden)
 
 
 def blank_hidden(gradients: Head, uncounted: Any) -> Head:

@@ -9,15 +9,17 @@ an automatic one, where types do not, the axis names say it.
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .._axes import AxisName, Names, flat_names, meshes, read_axis_names
+from .._axes import AxisName, Names, flat_names, in_shard_map, meshes, read_axis_names
 from .._sparse import SparseTargets
+
+G = TypeVar("G", bound=Any)  # a named tuple with targets, sample_weight and class_mask
 
 
 class Layout(NamedTuple):
@@ -223,14 +225,24 @@ def _lay_out(mesh: Any, free: dict[str, AxisType], x: Array, spec: P) -> Array:
     return split
 
 
-def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any) -> list[Any]:
-    """Return arrays of the tokens or logits, split on an explicit mesh as hidden is.
+def gathered_before(layout: Layout) -> tuple[Layout, Names]:
+    """Return the layout of a kernel whole along the axes that are returned.
+
+    Of a vmapped custom_vjp the backward pass knows no axis names: no chunk can be gathered there.
+    """
+    if layout.mesh is None and not in_shard_map(layout.width):
+        return layout._replace(width=()), layout.width
+    return layout, ()
+
+
+def lay_out_given(hidden: Array, layout: Layout, num_classes: int, given: G) -> G:
+    """Return what was given of the tokens or logits, split on an explicit mesh as hidden is.
 
     What has few numbers is moved for it; what has the logits' size is not, and raises.
     """
-    free = _free_axes(layout.mesh)
+    free = {} if layout.mesh is None else _free_axes(layout.mesh)
     if AxisType.Explicit not in free.values():
-        return list(arrays.values())
+        return given
     logits = (*hidden.shape[:-1], num_classes)
 
     def like_hidden(name: str, x: Any) -> Any:
@@ -251,4 +263,6 @@ def lay_out_like(hidden: Array, layout: Layout, num_classes: int, **arrays: Any)
             )
         return _lay_out(layout.mesh, free, x, spec)
 
-    return [like_hidden(name, x) for name, x in arrays.items()]
+    names = "targets", "sample_weight", "class_mask"
+    moved: G = given._replace(**{name: like_hidden(name, getattr(given, name)) for name in names})
+    return moved
