@@ -28,7 +28,7 @@ from ._axes import Names, psum, vary_alike
 from ._dense import row_max
 from ._numerics import compute_dtype
 from ._rows import Transform, centre
-from ._xla import is_inside, one_hot, sum_classes
+from ._xla import is_inside, one_hot, rounded, sum_classes
 
 Kind = Literal["forward", "reverse", "between"]
 # Below it, exp(x) - 1 - x is summed up as a series; from it on, expm1(x) - x loses two bits.
@@ -52,11 +52,20 @@ class Softmax(NamedTuple):
     shift: Any  # (..., 1, ...), the largest of all classes; a constant
     rest: Any = None  # (..., 1, ...), sum exp(c) - 1, of all classes
 
+    @property
+    def z(self) -> Array:
+        """Return the transformed logits."""
+        return _transformed(self.transform, self.logits, self.shift.dtype)
+
     def centred(self, class_mask: Any, coolness: Any) -> Array:
         """Return c, -inf where no class exists."""
-        centred = centre(self.transform, self.logits, self.shift, class_mask)
-        centred = centred.astype(self.shift.dtype)
-        return _cooled(centred, coolness)
+        return _cooled(centre(Transform(), self.z, self.shift, class_mask), coolness)
+
+
+def _transformed(transform: Transform, logits: Array, dtype: Any) -> Array:
+    """Return z, each the same number in every loop."""
+    z = transform(logits).astype(dtype)
+    return z if transform.is_identity else rounded(z)
 
 
 class Sums(NamedTuple):
@@ -223,7 +232,7 @@ def _difference(student: Softmax, teacher: Softmax, d_q: Array, d_p: Array) -> A
     Nearly equal logits z and w have the difference (z - w) - (max z - max w) without a rounding,
     where (z - max z) - (w - max w) has those of both distances.
     """
-    z, w = (x.transform(x.logits).astype(x.shift.dtype) for x in (student, teacher))
+    z, w = student.z, teacher.z
     shifts = student.shift - teacher.shift
     is_nearer = jnp.abs(z - w) + jnp.abs(shifts) < jnp.abs(d_q) + jnp.abs(d_p)
     is_nearer &= jnp.isfinite(d_q) & jnp.isfinite(d_p)
@@ -368,8 +377,10 @@ def row_divergences(
     dtype = compute_dtype(logits, teacher_logits)
 
     def read(x: Array, transform: Transform) -> Softmax:
-        shift, top, best = row_max(axis, transform, x, class_mask, with_class=True)
-        softmax = Softmax(x, transform, shift.astype(dtype))
+        # Of the logits as all loops have them: a largest one with a cap of its own may be another.
+        z = _transformed(transform, x, dtype)
+        shift, top, best = row_max(axis, Transform(), z, class_mask, with_class=True)
+        softmax = Softmax(x, transform, shift)
         best = jnp.where(top > jnp.finfo(top.dtype).min, best, -1)
         # Made again from the logits where somebody differentiates twice; nothing else is kept.
         others = jax.checkpoint(functools.partial(sum_of_others, axis))

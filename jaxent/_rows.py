@@ -76,7 +76,9 @@ class Transform(NamedTuple):
         if self.cap is None:
             return scaled
         cap = jnp.asarray(self.cap, scaled.dtype)
-        return rounded(cap * jnp.tanh(scaled / cap))
+        # The minimum is the product. It keeps a CPU from making one operation of that and a
+        # difference, as `rounded` does, without an array of bfloat16's.
+        return jnp.minimum(cap * jnp.tanh(scaled / cap), cap)
 
     def cap_slope(self, x: Array) -> Any:
         """Return the derivative of the cap at scale * x, finite for every x."""

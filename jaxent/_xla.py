@@ -255,9 +255,20 @@ def rounded(product: Array) -> Array:
 
     A CPU makes one operation, rounded once, of a product and a difference, in one loop and not in
     another (jax 0.12.0.1): the largest of the logits scale * x then is not 0 from itself, and what
-    is nearly certain, or nearly equal to a teacher's, loses its digits.
+    is nearly certain, or nearly equal to a teacher's, loses its digits. It is not for the
+    capped logits of a loss, of which a CPU then keeps a float32 array (bfloat16).
     """
+    return _selected(product)
+
+
+@jax.custom_jvp
+def _selected(product: Array) -> Array:
     return jnp.where(jnp.isfinite(product), product, 2 * product)
+
+
+@_selected.defjvp
+def _selected_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _selected(*primals), tangents[0]
 
 
 # Rows in blocks of classes.

@@ -216,6 +216,9 @@ SCALED = {
     "statistics": lambda x, y, **k: -jaxent.token_stats(x, y, axis=-1, **k).log_prob,
     "head": of_head,
     "narrow head": of_narrow_head,
+    "narrow head, probabilities": lambda x, y, **k: of_narrow_head(
+        x, jax.nn.one_hot(y, x.shape[-1]), chunk_size=1, **k
+    ),
 }
 
 
@@ -306,3 +309,13 @@ def test_it_is_what_a_sum_of_all_exponentials_loses():
     values, gradients = values_and_gradients(formula, logits, targets)
     assert values[0] == 0
     assert gradients[0, 0] == 0
+
+
+def test_law_13_a_capped_class_that_is_apart_in_a_chunk_has_its_mass_alone():
+    hidden, kernel = jnp.linspace(4, 9, 16)[:, None], jnp.array([[6.3, 0.0]])
+    z = 30 * np.tanh(np.asarray(hidden, "float64") @ np.asarray(kernel, "float64") / 30)
+    one_hot = jnp.tile(jnp.array([1.0, 0.0]), (16, 1))
+    found = jaxent.linear_cross_entropy(
+        hidden, kernel, one_hot, softcap=30.0, chunk_size=1, reduction="none"
+    )
+    assert_right(found, exact(z, np.zeros(16, int))[0], "float32", 30)

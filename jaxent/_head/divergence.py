@@ -208,7 +208,7 @@ def _rest_pass(
     def turn(rows: Any, chunk: Chunk, fixed: Fixed) -> tuple[Any, None]:
         shift, rest = rows
         softmax = _softmax(plan, chunk, fixed, shift)
-        z = softmax.transform(softmax.logits).astype(dtype)
+        z = softmax.z
         if chunk.class_mask is not None:
             z = jnp.where(chunk.class_mask, z, -jnp.inf)
         top = jnp.max(z, -1, keepdims=True)
