@@ -318,4 +318,5 @@ def test_law_13_a_capped_class_that_is_apart_in_a_chunk_has_its_mass_alone():
     found = jaxent.linear_cross_entropy(
         hidden, kernel, one_hot, softcap=30.0, chunk_size=1, reduction="none"
     )
-    assert_right(found, exact(z, np.zeros(16, int))[0], "float32", 30)
+    # A logit up to 26 is rounded as a product and with its cap: so is the logarithm of the loss.
+    assert_right(found, exact(z, np.zeros(16, int))[0], "float32", 60)
