@@ -15,9 +15,13 @@ def blocks(text, info):
     return re.findall(rf"^```{info}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/porting.md", "docs/sharding.md"])
+GUIDES = [f"docs/guides/{path.name}" for path in sorted((ROOT / "docs" / "guides").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/porting.md", "docs/sharding.md", *GUIDES])
 def test_snippets_run(page):
     pytest.importorskip("optax")
+    pytest.importorskip("equinox")
     snippets = re.findall(
         r"^```(python|python torch)\n(.*?)^```$",
         (ROOT / page).read_text(),
