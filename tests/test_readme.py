@@ -15,10 +15,16 @@ def blocks(text, info):
     return re.findall(rf"^```{info}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+SITE = [
+    "docs/index.md",
+    "docs/design/how_it_works.md",
+    "docs/porting.md",
+    "docs/sharding.md",
+]
 GUIDES = [f"docs/guides/{path.name}" for path in sorted((ROOT / "docs" / "guides").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/porting.md", "docs/sharding.md", *GUIDES])
+@pytest.mark.parametrize("page", ["README.md", *SITE, *GUIDES])
 def test_snippets_run(page):
     pytest.importorskip("optax")
     pytest.importorskip("equinox")
@@ -27,7 +33,7 @@ def test_snippets_run(page):
         (ROOT / page).read_text(),
         re.MULTILINE | re.DOTALL,
     )
-    assert len(snippets) >= 4
+    assert len(snippets) >= 2
     namespace = {}
     for info, snippet in snippets:
         if info == "python torch":

@@ -28,7 +28,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 NAME = re.compile(r'(?:<m[io] mathvariant="normal">[^<]*</m[io]>){2,}')
 FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh|KL)</mi>)(?!<mo stretchy="false">&#x00028;)')
 MODULES = ("porting", "reference")
-HARD_CASES = "## The hard cases"
+FROM_README = {"<!-- hard cases -->": "The hard cases", "<!-- laws -->": "The laws"}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,11 +46,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what a page takes from elsewhere."""
     text = text.replace("```python torch\n", "```python\n")
-    if "<!-- hard cases -->" in text:
-        readme = (ROOT / "README.md").read_text()
-        section = readme.split(HARD_CASES)[1].split("\n## ")[0]
-        text = text.replace("<!-- hard cases -->", section.strip())
+    for mark, heading in FROM_README.items():
+        if mark in text:
+            text = text.replace(mark, from_readme(heading))
     return text
+
+
+def from_readme(heading: str) -> str:
+    """Return a section of the README, its links as they are from a folder of the site."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
+    return section.replace("(docs/", "(../").replace("[docs/", "[")
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -86,14 +92,16 @@ def api_page(name: str) -> str:
     options = ""
     if name in MODULES:
         options = "\n    options:\n      members_order: source\n      show_root_members_full_path: true"
+    if name == "TokenStats":  # its fields are described once, where they are made
+        options = "\n    options:\n      show_if_no_docstring: true"
     title = f"---\ntitle: {name}\n---\n\n"
-    return f"{title}::: jaxent.{name}{options}\n"
+    more = "\n\n[`token_stats`](token_stats.md) says what each is.\n" if name == "TokenStats" else ""
+    return f"{title}::: jaxent.{name}{options}\n{more}"
 
 
 def api_index() -> str:
     """Return the list of the functions, which is the README's."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("## The functions\n")[1].split("\nEach docstring has")[0].strip()
+    section = from_readme("The functions").split("\nEach docstring has")[0].strip()
     missing = [name for name in public_names() if name != "TokenStats" and name not in section]
     if missing:
         raise PluginError(f"the README's list of functions lacks {', '.join(missing)}")
