@@ -7,16 +7,14 @@ import griffe
 
 BLOCK = re.compile(r"^( *)\.\. math:: *(.*(?:\n(?:\1 +\S.*))*)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]*)`")
+# A public name becomes a link to its page.
+NAME = re.compile(r"`(jaxent\.(?:porting\.)?\w+)`")
 # "Example:" is an admonition to griffe, whose prompts would not be code.
 SECTIONS = {"Example:": "Examples:"}
 
 
 def markdown(docstring: str) -> str:
-    r"""Return a docstring with its formulas between dollars.
-
-    >>> markdown("For :math:`x^2`.")
-    'For $x^2$.'
-    """
+    """Return a docstring with its formulas between dollars, and links to public names."""
 
     def block(match: re.Match[str]) -> str:
         indent, formula = match[1], " ".join(match[2].split())
@@ -26,6 +24,7 @@ def markdown(docstring: str) -> str:
         return f"${' '.join(match[1].split())}$"
 
     text = INLINE.sub(inline, BLOCK.sub(block, docstring))
+    text = NAME.sub(r"[`\1`][\1]", text)
     return "\n".join(SECTIONS.get(line, line) for line in text.splitlines())
 
 
@@ -33,5 +32,6 @@ class Docstrings(griffe.Extension):
     """Rewrite every docstring when it is read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of an object."""
         if obj.docstring:
             obj.docstring.value = markdown(obj.docstring.value)

@@ -21,14 +21,31 @@ from mkdocs.structure.pages import Page
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).parent)]
 
-from benchmarks import engine  # noqa: E402
 from docstrings import markdown  # noqa: E402
+
+from benchmarks import engine  # noqa: E402
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 NAME = re.compile(r'(?:<m[io] mathvariant="normal">[^<]*</m[io]>){2,}')
-FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh|KL)</mi>)(?!<mo stretchy="false">&#x00028;)')
+FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo stretchy="false">&#x00028;)')
+PAGE = re.compile(r"\bdocs/(\w+\.md)")
 MODULES = ("porting", "reference")
-FROM_README = {"<!-- hard cases -->": "The hard cases", "<!-- laws -->": "The laws"}
+# A mark in a page, and the section that takes its place: of which file, under which heading.
+SECTIONS = {
+    "<!-- hard cases -->": ("README.md", "The hard cases"),
+    "<!-- laws -->": ("README.md", "The laws"),
+    "<!-- outside -->": ("benchmarks/README.md", "Where jaxent is outside its bounds"),
+}
+TYPES = """## Types
+
+| name | is |
+| --- | --- |
+| `ArrayOrList` | what `jax.numpy.asarray` takes: an array of JAX or NumPy, a number, a list |
+| `TargetsLike` | an `ArrayOrList`, or `jaxent.SparseTargets` |
+| `Reduction` | "mean", "sum" or "none" |
+| `AxisName` | the name of a mapped axis, or a tuple of names; of a head, a `PartitionSpec`, too |
+| `DotGeneral` | a function that is called as `jax.lax.dot_general` is |
+"""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -46,22 +63,29 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what a page takes from elsewhere."""
     text = text.replace("```python torch\n", "```python\n")
-    for mark, heading in FROM_README.items():
+    for mark, (path, heading) in SECTIONS.items():
         if mark in text:
-            text = text.replace(mark, from_readme(heading))
+            text = text.replace(mark, section_of(path, heading))
     return text
 
 
-def from_readme(heading: str) -> str:
-    """Return a section of the README, its links as they are from a folder of the site."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
+def section_of(path: str, heading: str) -> str:
+    """Return a section of a file, its links as they are from a folder of the site."""
+    text = (ROOT / path).read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
     return section.replace("(docs/", "(../").replace("[docs/", "[")
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Render formulas, which needs no script in the browser."""
-    return FORMULA.sub(mathml, content)
+    """Render formulas, which needs no script in the browser, and link pages that docstrings name."""
+
+    def link(match: re.Match[str]) -> str:
+        target = files.get_file_from_path(match[1])
+        if target is None:
+            raise PluginError(f"{page.file.src_uri} names {match[0]}, which does not exist")
+        return f'<a href="{target.url_relative_to(page.file)}">{match[0]}</a>'
+
+    return PAGE.sub(link, FORMULA.sub(mathml, content))
 
 
 def mathml(match: re.Match[str]) -> str:
@@ -89,19 +113,19 @@ def public_names() -> list[str]:
 
 def api_page(name: str) -> str:
     """Return the page of a public name."""
-    options = ""
+    lines = ["---", f"title: {name}", "---", "", f"::: jaxent.{name}"]
     if name in MODULES:
-        options = "\n    options:\n      members_order: source\n      show_root_members_full_path: true"
-    if name == "TokenStats":  # its fields are described once, where they are made
-        options = "\n    options:\n      show_if_no_docstring: true"
-    title = f"---\ntitle: {name}\n---\n\n"
-    more = "\n\n[`token_stats`](token_stats.md) says what each is.\n" if name == "TokenStats" else ""
-    return f"{title}::: jaxent.{name}{options}\n{more}"
+        lines += ["    options:", "      members_order: source"]
+        lines += ["      show_root_members_full_path: true"]
+    if name == "TokenStats":  # its fields are described where they are made
+        lines += ["    options:", "      show_if_no_docstring: true"]
+        lines += ["", "[`token_stats`](token_stats.md) says what each is."]
+    return "\n".join([*lines, ""])
 
 
 def api_index() -> str:
     """Return the list of the functions, which is the README's."""
-    section = from_readme("The functions").split("\nEach docstring has")[0].strip()
+    section = section_of("README.md", "The functions").split("\nEach docstring has")[0].strip()
     missing = [name for name in public_names() if name != "TokenStats" and name not in section]
     if missing:
         raise PluginError(f"the README's list of functions lacks {', '.join(missing)}")
@@ -110,7 +134,7 @@ def api_index() -> str:
         lambda match: f"[{match[0]}]({match[1]}.md)",
         section,
     )
-    return f"---\ntitle: All names\n---\n\n# All names\n\n{linked}\n"
+    return f"---\ntitle: All names\n---\n\n# All names\n\n{linked}\n\n{TYPES}"
 
 
 def workarounds() -> str:
