@@ -9,6 +9,8 @@ BLOCK = re.compile(r"^( *)\.\. math:: *(.*(?:\n(?:\1 +\S.*))*)", re.MULTILINE)
 INLINE = re.compile(r":math:`([^`]*)`")
 # A public name becomes a link to its page.
 NAME = re.compile(r"`(jaxent\.(?:porting\.)?\w+)`")
+# Names of several arguments that go on in the next line.
+NAMES = re.compile(r"^(  \w[\w, ]*,)\n +(?=\w)", re.MULTILINE)
 # "Example:" is an admonition to griffe, whose prompts would not be code.
 SECTIONS = {"Example:": "Examples:"}
 
@@ -24,6 +26,8 @@ def markdown(docstring: str) -> str:
         return f"${' '.join(match[1].split())}$"
 
     text = INLINE.sub(inline, BLOCK.sub(block, docstring))
+    while NAMES.search(text):
+        text = NAMES.sub(r"\1 ", text)
     text = NAME.sub(r"[`\1`][\1]", text)
     return "\n".join(SECTIONS.get(line, line) for line in text.splitlines())
 

@@ -77,7 +77,7 @@ def section_of(path: str, heading: str) -> str:
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Render formulas, which needs no script in the browser, and link pages that docstrings name."""
+    """Render formulas, for which no script is needed, and link pages that docstrings name."""
 
     def link(match: re.Match[str]) -> str:
         target = files.get_file_from_path(match[1])
@@ -115,8 +115,7 @@ def api_page(name: str) -> str:
     """Return the page of a public name."""
     lines = ["---", f"title: {name}", "---", "", f"::: jaxent.{name}"]
     if name in MODULES:
-        lines += ["    options:", "      members_order: source"]
-        lines += ["      show_root_members_full_path: true"]
+        lines += ["    options:", "      show_root_members_full_path: true"]
     if name == "TokenStats":  # its fields are described where they are made
         lines += ["    options:", "      show_if_no_docstring: true"]
         lines += ["", "[`token_stats`](token_stats.md) says what each is."]
