@@ -166,6 +166,8 @@ def measured(saved: dict[str, Any]) -> str:
     """Return the page of a benchmark, from what was kept of its last run."""
     question = types.SimpleNamespace(UNIT=saved["unit"], SIDES=saved["sides"])
     rows = [engine.Row(**row) for row in saved["rows"]]
+    for row in rows:
+        row.case = {k: tuple(v) if isinstance(v, list) else v for k, v in row.case.items()}
     names = (*rows[0].case, *saved["sides"], "jaxent's score", "bound")
     lines = [names, ["---"] * len(names), *(engine.cells(row, question) for row in rows)]
     table = "\n".join(f"| {' | '.join(map(str, each))} |" for each in lines)
