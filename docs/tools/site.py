@@ -26,7 +26,8 @@ from docstrings import markdown  # noqa: E402
 from benchmarks import engine  # noqa: E402
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
-NAME = re.compile(r'(?:<m[io] mathvariant="normal">[^<]*</m[io]>){2,}')
+LETTER = r'<m[io] mathvariant="normal">[^<]*</m[io]>'
+NAME = re.compile(rf"{LETTER}(?:{LETTER}|<mn>\d+</mn>)+")
 FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo stretchy="false">&#x00028;)')
 PAGE = re.compile(r"\bdocs/(\w+\.md)")
 MODULES = ("porting", "reference")
