@@ -15,15 +15,23 @@ def blocks(text, info):
     return re.findall(rf"^```{info}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/porting.md", "docs/sharding.md"])
+SITE = [
+    "docs/index.md",
+    "docs/design/how_it_works.md",
+    "docs/porting.md",
+    "docs/sharding.md",
+]
+GUIDES = [f"docs/guides/{path.name}" for path in sorted((ROOT / "docs" / "guides").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", ["README.md", *SITE, *GUIDES])
 def test_snippets_run(page):
-    pytest.importorskip("optax")
-    snippets = re.findall(
-        r"^```(python|python torch)\n(.*?)^```$",
-        (ROOT / page).read_text(),
-        re.MULTILINE | re.DOTALL,
-    )
-    assert len(snippets) >= 4
+    text = (ROOT / page).read_text()
+    for package in ("optax", "equinox"):
+        if f"import {package}" in text:
+            pytest.importorskip(package)
+    snippets = re.findall(r"^```(python|python torch)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(snippets) >= 2
     namespace = {}
     for info, snippet in snippets:
         if info == "python torch":

@@ -1,0 +1,184 @@
+"""Make what the site has beside its pages: formulas in MathML, and pages made of other files.
+
+MkDocs calls the functions `on_...`. Nothing is run or imported of jaxent: its sources are read.
+"""
+
+import ast
+import html
+import json
+import pathlib
+import re
+import sys
+import types
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(pathlib.Path(__file__).parent)]
+
+from docstrings import markdown  # noqa: E402
+
+from benchmarks import engine  # noqa: E402
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+LETTER = r'<m[io] mathvariant="normal">[^<]*</m[io]>'
+NAME = re.compile(rf"{LETTER}(?:{LETTER}|<mn>\d+</mn>)+")
+FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo stretchy="false">&#x00028;)')
+PAGE = re.compile(r"\bdocs/(\w+\.md)")
+MODULES = ("porting", "reference")
+# A mark in a page, and the section that takes its place: of which file, under which heading.
+SECTIONS = {
+    "<!-- hard cases -->": ("README.md", "The hard cases"),
+    "<!-- laws -->": ("README.md", "The laws"),
+    "<!-- outside -->": ("benchmarks/README.md", "Where jaxent is outside its bounds"),
+}
+TYPES = """## Types
+
+| name | is |
+| --- | --- |
+| `ArrayOrList` | what `jax.numpy.asarray` takes: an array of JAX or NumPy, a number, a list |
+| `TargetsLike` | an `ArrayOrList`, or `jaxent.SparseTargets` |
+| `Reduction` | "mean", "sum" or "none" |
+| `AxisName` | the name of a mapped axis, or a tuple of names; of a head, a `PartitionSpec`, too |
+| `DotGeneral` | a function that is called as `jax.lax.dot_general` is |
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages of the API, of the workarounds and of the measurements."""
+    pages = {f"api/{name}.md": api_page(name) for name in public_names()}
+    pages["api/index.md"] = api_index()
+    pages["design/workarounds.md"] = workarounds()
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        pages[f"evidence/{path.stem}.md"] = measured(json.loads(path.read_text()))
+    for src_uri, content in pages.items():
+        files.append(File.generated(config, src_uri, content=content))
+    return files
+
+
+def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in what a page takes from elsewhere."""
+    text = text.replace("```python torch\n", "```python\n")
+    for mark, (path, heading) in SECTIONS.items():
+        if mark in text:
+            text = text.replace(mark, section_of(path, heading))
+    return text
+
+
+def section_of(path: str, heading: str) -> str:
+    """Return a section of a file, its links as they are from a folder of the site."""
+    text = (ROOT / path).read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
+    return section.replace("(docs/", "(../").replace("[docs/", "[")
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Render formulas, for which no script is needed, and link pages that docstrings name."""
+
+    def link(match: re.Match[str]) -> str:
+        target = files.get_file_from_path(match[1])
+        if target is None:
+            raise PluginError(f"{page.file.src_uri} names {match[0]}, which does not exist")
+        return f'<a href="{target.url_relative_to(page.file)}">{match[0]}</a>'
+
+    return PAGE.sub(link, FORMULA.sub(mathml, content))
+
+
+def mathml(match: re.Match[str]) -> str:
+    """Return a formula as MathML."""
+    formula = html.unescape(match[3]).strip()
+    display = "block" if match[2] == "[" else "inline"
+    try:
+        rendered = convert(formula, display=display)
+    except Exception as error:
+        raise PluginError(f"formula {formula!r} is not rendered: {error!r}") from error
+    # A name of several letters is one identifier, and a function has a space behind it.
+    rendered = NAME.sub(lambda name: f"<mi>{re.sub('<[^>]*>', '', name[0])}</mi>", rendered)
+    return FUNCTION.sub(r'\1<mspace width="0.167em" />', rendered)
+
+
+def public_names() -> list[str]:
+    """Return what `jaxent.__all__` has."""
+    tree = ast.parse((ROOT / "jaxent" / "__init__.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    raise PluginError("jaxent/__init__.py has no __all__")
+
+
+def api_page(name: str) -> str:
+    """Return the page of a public name."""
+    lines = ["---", f"title: {name}", "---", "", f"::: jaxent.{name}"]
+    if name in MODULES:
+        lines += ["    options:", "      show_root_members_full_path: true"]
+    if name == "TokenStats":  # its fields are described where they are made
+        lines += ["    options:", "      show_if_no_docstring: true"]
+        lines += ["", "[`token_stats`](token_stats.md) says what each is."]
+    return "\n".join([*lines, ""])
+
+
+def api_index() -> str:
+    """Return the list of the functions, which is the README's."""
+    section = section_of("README.md", "The functions").split("\nEach docstring has")[0].strip()
+    missing = [name for name in public_names() if name != "TokenStats" and name not in section]
+    if missing:
+        raise PluginError(f"the README's list of functions lacks {', '.join(missing)}")
+    linked = re.sub(
+        r"`jaxent\.(\w+)[^`]*`",
+        lambda match: f"[{match[0]}]({match[1]}.md)",
+        section,
+    )
+    return f"---\ntitle: All names\n---\n\n# All names\n\n{linked}\n\n{TYPES}"
+
+
+def workarounds() -> str:
+    """Return a page of the docstrings in `_xla.py`, under the headings of its comments."""
+    source = (ROOT / "jaxent" / "_xla.py").read_text()
+    tree = ast.parse(source)
+    headings = [
+        (source.count("\n", 0, match.start(1)) + 1, match[1])
+        for match in re.finditer(r"(?<=\n\n)# (.*)\.\n(?=\n)", source)
+    ]
+    text, last = ["# Workarounds", markdown(ast.get_docstring(tree) or "")], ""
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef) or not is_workaround(node):
+            continue
+        *_, heading = ("", *(title for line, title in headings if line < node.lineno))
+        if heading != last:
+            text.append(f"## {heading}")
+            last = heading
+        text.append(f"### `{node.name}`")
+        text.append(markdown(ast.get_docstring(node) or ""))
+    return "\n\n".join(text) + "\n"
+
+
+def is_workaround(node: ast.FunctionDef) -> bool:
+    """Return whether a function is registered as a workaround."""
+    return any(ast.unparse(each).startswith("workaround(") for each in node.decorator_list)
+
+
+def measured(saved: dict[str, Any]) -> str:
+    """Return the page of a benchmark, from what was kept of its last run."""
+    question = types.SimpleNamespace(UNIT=saved["unit"], SIDES=saved["sides"])
+    rows = [engine.Row(**row) for row in saved["rows"]]
+    for row in rows:
+        row.case = {k: tuple(v) if isinstance(v, list) else v for k, v in row.case.items()}
+    names = (*rows[0].case, *saved["sides"], "jaxent's score", "bound")
+    lines = [names, ["---"] * len(names), *(engine.cells(row, question) for row in rows)]
+    table = "\n".join(f"| {' | '.join(map(str, each))} |" for each in lines)
+    return "\n\n".join(
+        (
+            f"---\ntitle: {saved['question']}\n---",
+            f"# {saved['title'].rstrip('.')}",
+            f"Unit: {saved['unit']}. {saved['bound']} What is outside of its bound is bold.",
+            f"Measured by `python -m benchmarks {saved['question']}` on {engine.origin(saved)}.",
+            table,
+            "",
+        )
+    )
