@@ -19,7 +19,7 @@ host: `jax.device_get(sums).loss` is a NumPy float64.
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self, TypedDict, Unpack
 
@@ -47,8 +47,6 @@ from ._calls import compiled
 from ._exact_sums import (
     DIGITS,
     MOST_TERMS,
-    OF_ONE,
-    OF_PROBABILITY,
     WORDS,
     added,
     normalized,
@@ -75,6 +73,7 @@ class StatsKeywords(TypedDict, total=False):
     softcap: float | None
 
 
+@dataclasses.dataclass(frozen=True)
 class _Sums:
     """What sums have in common: `words`, int32 (..., WORDS), that are added."""
 
@@ -139,8 +138,6 @@ class TokenSums(_Sums):
       >>> sums.bits_per_token, sums.accuracy.round(3), sums.count
       (Array(2., dtype=float32), Array(0.333, dtype=float32), Array(3., dtype=float32))
     """
-
-    words: Any
 
     @classmethod
     def empty(cls) -> Self:
@@ -309,11 +306,11 @@ def _words_of(
         counted &= weight != 0
         weight = weight.astype(stats.log_prob.dtype)
 
-    def total(values: Any, digits: tuple[int, int] = (0, DIGITS)) -> Array:
+    def total(values: Any) -> Array:
         if values is None:  # NaN, where a token would have needed it
             missing = jnp.any(counted)
             return words_of(jnp.zeros(DIGITS, jnp.int32), missing, missing)
-        return total_of(jnp.where(counted, values, 0), digits)
+        return total_of(jnp.where(counted, values, 0))
 
     if num_bytes is not None:
         num_bytes = weight * num_bytes
@@ -322,9 +319,9 @@ def _words_of(
     rows = [
         total(weight * -stats.log_prob),
         total(weight),
-        total(jnp.ones((), jnp.float32), OF_ONE),
-        total(stats.correct.astype(jnp.float32), OF_ONE),
-        total(top_k_correct, OF_ONE),
+        total(jnp.ones((), jnp.float32)),
+        total(stats.correct.astype(jnp.float32)),
+        total(top_k_correct),
         total(stats.entropy),
         total(stats.log_normalizer**2),
         total(num_bytes),
@@ -384,7 +381,7 @@ class Calibration(_Sums):
 
     .. math:: \mathrm{ECE} = \sum_b |\mathrm{confidence}_b - \mathrm{correct}_b| / n
 
-    Confidences are cut at :math:`2^{-37}`. A pytree of one int32 array, as `TokenSums`, and exact
+    A pytree of one int32 array, as `TokenSums`, and exact
     as those.
 
     Example:
@@ -399,8 +396,6 @@ class Calibration(_Sums):
     References:
       Guo et al., On calibration of modern neural networks, ICML 2017.
     """
-
-    words: Any
 
     @classmethod
     def empty(cls, num_bins: int = 15) -> Self:
@@ -504,15 +499,15 @@ def _bins_of(num_bins: int, confidence: Array, correct: Array, counted: Array) -
     bins = jnp.arange(num_bins).reshape(-1, *[1] * confidence.ndim)
     here = counted & (jnp.maximum(number, 0) == bins)  # (num_bins, ...)
 
-    def totals(values: Any, digits: tuple[int, int]) -> Array:
-        return jax.vmap(functools.partial(total_of, digits=digits))(jnp.where(here, values, 0))
+    def totals(values: Any) -> Array:
+        return jax.vmap(total_of)(jnp.where(here, values, 0))
 
     ones = jnp.ones((), jnp.float32)
     return jnp.stack(
         [
-            totals(ones, OF_ONE),
-            totals(confidence, OF_PROBABILITY),
-            totals(correct.astype(jnp.float32), OF_ONE),
+            totals(ones),
+            totals(confidence),
+            totals(correct.astype(jnp.float32)),
         ]
     )
 
@@ -606,7 +601,7 @@ def fit_temperature(
     """
     if solver is None:
         try:
-            import optax
+            import optax  # type: ignore[import-untyped]
         except ImportError as error:
             raise ImportError(
                 "fit_temperature needs optax.lbfgs: pip install optax, or pass a solver"
@@ -644,9 +639,10 @@ def _ratio(above: Any, below: Any) -> Any:
 
 
 def _check_size(shape: tuple[int, ...]) -> None:
-    if max(shape, default=0) > MOST_TERMS:
+    if (size := math.prod(shape)) > MOST_TERMS:
         raise ValueError(
-            f"tokens are {list(shape)}: an axis has at most {MOST_TERMS}; reshape it into two"
+            f"tokens are {list(shape)}: {size} are more than the {MOST_TERMS} that one call adds "
+            "exactly; add parts of them"
         )
 
 
