@@ -70,7 +70,7 @@ class Calibration(Sums):
         """Return the sums of no tokens."""
         if not isinstance(num_bins, int) or num_bins < 1:
             raise ValueError(f"num_bins must be a positive integer, got {num_bins!r}")
-        return cls(jnp.zeros((3, num_bins, WORDS), jnp.int32))
+        return cls(jnp.zeros((num_bins, 3, WORDS), jnp.int32))
 
     @classmethod
     def from_confidence(
@@ -156,7 +156,7 @@ class Calibration(Sums):
         return Reliability(count, ratio(confidence, count), ratio(correct, count))
 
     def _rows(self) -> tuple[Any, Any, Any]:
-        return self.words[..., 0, :, :], self.words[..., 1, :, :], self.words[..., 2, :, :]
+        return self.words[..., 0, :], self.words[..., 1, :], self.words[..., 2, :]
 
 
 @compiled
@@ -165,21 +165,15 @@ def _bins_of(num_bins: int, confidence: Array, correct: Array, counted: Array) -
     number = jnp.where(inside, jnp.ceil(confidence * num_bins), 1).astype(jnp.int32) - 1
     confidence = jnp.where(inside, confidence, jnp.nan)
     number = jnp.where(counted, jnp.maximum(number, 0), -1)
+    ones = jnp.ones_like(confidence)
+    rows = jnp.stack([ones, confidence, jnp.where(correct, ones, 0)])
 
-    def totals(values: Any) -> Array:
-        found: Array = jax.lax.map(
-            lambda b: total_of(jnp.where(number == b, values, 0)), jnp.arange(num_bins)
-        )
-        return found
+    def words_of(b: Array) -> Array:
+        words: Array = jax.lax.map(lambda row: total_of(jnp.where(number == b, row, 0)), rows)
+        return words
 
-    ones = jnp.ones((), jnp.float32)
-    return jnp.stack(
-        [
-            totals(ones),
-            totals(confidence),
-            totals(correct.astype(jnp.float32)),
-        ]
-    )
+    words: Array = jax.lax.map(words_of, jnp.arange(num_bins))  # (num_bins, 3, WORDS)
+    return words
 
 
 def fit_temperature(

@@ -79,7 +79,7 @@ def _total_of(values: Array) -> Array:
     digits = jax.lax.fori_loop(first, last, add_digit, zeros)
     isnan = jnp.isnan(values)
     flags = [jnp.any(isnan | (values == infinity)) for infinity in (jnp.inf, -jnp.inf)]
-    return words_of(_carry(digits), *flags)
+    return jnp.concatenate([_carry(digits), jnp.stack(flags).astype(jnp.int32)])
 
 
 def _sum(digit: Array) -> tuple[Array, Array | int]:
@@ -88,11 +88,6 @@ def _sum(digit: Array) -> tuple[Array, Array | int]:
         return jnp.sum(digit, dtype=jnp.int32), 0
     low, high = (jnp.sum(half, dtype=jnp.int32) for half in (digit & 15, digit >> 4))
     return low + ((high & 15) << 4), high >> 4
-
-
-def words_of(digits: Array, above: Array, below: Array) -> Array:
-    """Return words of (DIGITS,) and of whether there is an infinity of either sign."""
-    return jnp.concatenate([digits, jnp.stack([above, below]).astype(jnp.int32)])
 
 
 def read(words: Any) -> Any:

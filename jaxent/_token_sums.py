@@ -23,7 +23,7 @@ from ._arguments import (
 )
 from ._axes import AxisName
 from ._calls import compiled
-from ._exact_sums import DIGITS, MOST_TERMS, WORDS, Sums, numpy_of, ratio, read, total_of, words_of
+from ._exact_sums import MOST_TERMS, WORDS, Sums, numpy_of, ratio, read, total_of
 from ._reduction import TokenStats
 from ._sparse import SparseTargets
 from ._stats import token_stats
@@ -233,34 +233,24 @@ _BESIDES = ("sample_weight", "num_bytes")
 def _words_of(
     options: None, stats: TokenStats, weight: Any, num_bytes: Any, top_k_correct: Any
 ) -> Array:
-    counted = stats.counted
-    if weight is None:
-        weight = jnp.ones((), stats.log_prob.dtype)
-    else:
-        counted &= weight != 0
-        weight = weight.astype(stats.log_prob.dtype)
-
-    def total(values: Any) -> Array:
-        if values is None:  # NaN, where a token would have needed it
-            missing = jnp.any(counted)
-            return words_of(jnp.zeros(DIGITS, jnp.int32), missing, missing)
-        return total_of(jnp.where(counted, values, 0))
-
-    if num_bytes is not None:
-        num_bytes = weight * num_bytes
-    if top_k_correct is not None:
-        top_k_correct = top_k_correct.astype(jnp.float32)
+    counted, dtype = stats.counted, stats.log_prob.dtype
+    weight = jnp.ones((), dtype) if weight is None else weight.astype(dtype)
+    counted &= weight != 0
     rows = [
-        total(weight * -stats.log_prob),
-        total(weight),
-        total(jnp.ones((), jnp.float32)),
-        total(stats.correct.astype(jnp.float32)),
-        total(top_k_correct),
-        total(stats.entropy),
-        total(stats.log_normalizer**2),
-        total(num_bytes),
+        weight * -stats.log_prob,
+        weight,
+        1,
+        stats.correct,
+        jnp.nan if top_k_correct is None else top_k_correct,
+        stats.entropy,
+        stats.log_normalizer**2,
+        jnp.nan if num_bytes is None else weight * num_bytes,
     ]
-    return jnp.stack(rows)
+    # One after another, so that they are compiled once.
+    words: Array = jax.lax.map(
+        total_of, jnp.stack([jnp.where(counted, row, 0).astype(dtype) for row in rows])
+    )
+    return words
 
 
 def _top_k_correct(

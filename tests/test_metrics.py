@@ -48,11 +48,11 @@ def assert_same(a, b):
 @st.composite
 def terms(draw):
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    size = draw(st.sampled_from([0, 1, 2, 100]))
+    size = draw(st.sampled_from([0, 2, 100]))
     magnitude = np.exp(draw(st.sampled_from([0, 3, 20])) * random.normal(size=size))
     signs = random.choice([-1, 1], size) if draw(st.booleans()) else np.ones(size)
     x = np.clip(signs * magnitude, -1e38, 1e38)
-    return x.astype(draw(st.sampled_from(["float32", "float64", "bfloat16", "float16"])))
+    return x.astype(draw(st.sampled_from(["float32", "float64", "bfloat16"])))
 
 
 @given(terms())
@@ -105,11 +105,11 @@ def test_ten_to_the_nine_tokens_are_counted_and_summed_right():
 
 
 @given(st.integers(0, 2**32 - 1))
-@examples(10)
+@examples(6)
 def test_no_order_and_no_split_of_the_tokens_changes_a_bit(seed):
     random = np.random.default_rng(seed)
     order = random.permutation(16)
-    batches = np.split(order, [random.integers(1, 16)])
+    batches = np.split(order, [random.choice([1, 6])])
     parts = [TokenSums.from_logits(LOGITS[i], TARGETS[i], sample_weight=WEIGHT[i]) for i in batches]
     sums = functools.reduce(TokenSums.__add__, parts, TokenSums.empty())
     whole = jaxent.token_stats(LOGITS, TARGETS)
@@ -130,8 +130,11 @@ def test_no_order_and_no_split_of_the_tokens_changes_a_bit(seed):
 # What is read
 
 
-@given(calls(("ignore_index", "sample_weight", "class_mask", "logit_scale"), targets=("indices",)))
-@examples(25)
+OPTIONS = ("ignore_index", "sample_weight", "class_mask", "logit_scale")
+
+
+@given(calls(OPTIONS, [((4, 5), 1), ((3, 5, 2), 1)], ["float32", "float64"], ("indices",)))
+@examples(10)
 def test_readings_are_the_plain_formulas(call):
     options = {k: v for k, v in {**call.others, **call.floats}.items() if k != "logits"}
     with precision(call):
@@ -240,7 +243,7 @@ def test_arrays_that_a_mesh_splits_need_no_psum(kind):
     mesh = make_mesh(kind, data=4, model=2)
     with jax.set_mesh(mesh):
         tree = {"x": LOGITS, "y": TARGETS, "w": WEIGHT}
-        tree = laid_out(tree, mesh, lambda name, _: ("data",))
+        tree = laid_out(tree, mesh, lambda name, _: P("data"))
 
         @jax.jit
         def both(x, y, w):
@@ -290,12 +293,12 @@ def test_it_is_a_metric_of_nnx_in_a_multi_metric():
     assert_same(metrics.tokens.sums, sum_of_rows(top_k=3))
     np.testing.assert_allclose(found["accuracy"], found["tokens"]["accuracy"], rtol=1e-6)
     calibration = Calibration.from_logits(LOGITS, TARGETS, num_bins=5)
-    assert calibration.expected_calibration_error == pytest.approx(found["calibration"], rel=1e-6)
+    assert calibration.expected_calibration_error == found["calibration"]
     metrics.reset()
     assert metrics.tokens.sums.count == metrics.calibration.sums.reliability.count.sum() == 0
     metrics.tokens.update(stats=jaxent.token_stats(LOGITS, TARGETS))
     assert metrics.tokens.sums.count == (TARGETS != -100).sum()
-    with pytest.raises(TypeError, match="logits and targets .or labels. are needed"):
+    with pytest.raises(TypeError, match=r"logits and targets \(or labels\) are needed"):
         metrics.tokens.update(loss=1.0)
 
 
@@ -414,9 +417,7 @@ def test_another_solver_fits_the_temperature_and_a_nan_shows():
 
 def test_without_optax_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "optax", None)
-    with pytest.raises(
-        ImportError, match=r"needs optax.lbfgs: pip install optax, or pass a solver"
-    ):
+    with pytest.raises(ImportError, match=r"optax.lbfgs: pip install optax, or pass a solver"):
         fit_temperature(lambda scale: scale)
 
 
