@@ -48,7 +48,7 @@ def assert_same(a, b):
 @st.composite
 def terms(draw):
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    size = draw(st.sampled_from([0, 2, 100]))
+    size = draw(st.sampled_from([0, 100]))
     magnitude = np.exp(draw(st.sampled_from([0, 3, 20])) * random.normal(size=size))
     signs = random.choice([-1, 1], size) if draw(st.booleans()) else np.ones(size)
     x = np.clip(signs * magnitude, -1e38, 1e38)
@@ -56,7 +56,7 @@ def terms(draw):
 
 
 @given(terms())
-@examples(60)
+@examples(40)
 def test_a_sum_is_that_of_fsum_to_the_last_bit(x):
     with jax.enable_x64(x.dtype == np.float64):
         words = jax.jit(total_of)(x)
@@ -134,7 +134,7 @@ OPTIONS = ("ignore_index", "sample_weight", "class_mask", "logit_scale")
 
 
 @given(calls(OPTIONS, [((4, 5), 1), ((3, 5, 2), 1)], ["float32", "float64"], ("indices",)))
-@examples(10)
+@examples(6)
 def test_readings_are_the_plain_formulas(call):
     options = {k: v for k, v in {**call.others, **call.floats}.items() if k != "logits"}
     with precision(call):

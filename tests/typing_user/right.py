@@ -71,13 +71,14 @@ def measured(logits: Array, labels: Array) -> list[Any]:
     sums = TokenSums.from_logits(logits, labels, top_k=5, ignore_index=0) + TokenSums.empty()
     sums += TokenSums.from_stats(jaxent.token_stats(logits, labels), sample_weight=labels > 0)
     calibration = Calibration.from_logits(logits, labels, num_bins=10).psum("data")
-    metrics = nnx.MultiMetric(tokens=Metric(top_k=5), calibration=Metric(Calibration))
-    metrics.update(logits=logits, targets=labels)
+    metric = Metric(Calibration, num_bins=10)
+    metric.update(logits=logits, targets=labels)
     temperature = fit_temperature(
         lambda scale: jaxent.cross_entropy(logits, labels, logit_scale=scale)
     )
     return [
         jaxent.metrics.TokenSums.merge(sums, sums).perplexity,
         calibration.reliability.count,
+        metric.compute(),
         temperature,
     ]
