@@ -49,12 +49,12 @@ def total_of(values: Any) -> Array:
     values = jax.lax.stop_gradient(values)
     if values.dtype != jnp.float64:
         return _total_of(values.astype(jnp.float32))
-    total: Any = 0
-    for _ in range(3):  # float32 parts of 24 bits
-        part = values.astype(jnp.float32)
-        total += _total_of(part)
-        values = jnp.where(jnp.isfinite(part), values - part.astype(values.dtype), 0)
-    return _normalized(total)
+    parts = []
+    for _ in range(3):  # of 24 bits
+        parts.append(values.astype(jnp.float32))
+        rest = values - parts[-1].astype(values.dtype)
+        values = jnp.where(jnp.isfinite(parts[-1]), rest, 0)
+    return _reduced(jax.lax.map(_total_of, jnp.stack(parts)))
 
 
 def _total_of(values: Array) -> Array:
