@@ -54,7 +54,8 @@ def total_of(values: Any) -> Array:
         parts.append(values.astype(jnp.float32))
         rest = values - parts[-1].astype(values.dtype)
         values = jnp.where(jnp.isfinite(parts[-1]), rest, 0)
-    return _reduced(jax.lax.map(_total_of, jnp.stack(parts)))
+    words: Array = _reduced(jax.lax.map(_total_of, jnp.stack(parts)))
+    return words
 
 
 def _total_of(values: Array) -> Array:
