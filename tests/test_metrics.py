@@ -134,7 +134,7 @@ OPTIONS = ("ignore_index", "sample_weight", "class_mask", "logit_scale")
 
 
 @given(calls(OPTIONS, [((4, 5), 1), ((3, 5, 2), 1)], ["float32", "float64"], ("indices",)))
-@examples(6)
+@examples(4)
 def test_readings_are_the_plain_formulas(call):
     options = {k: v for k, v in {**call.others, **call.floats}.items() if k != "logits"}
     with precision(call):
@@ -226,9 +226,8 @@ def test_shards_of_a_mapped_axis_add_up_to_the_whole():
     mapped = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P())
     assert_same(jax.jit(mapped)(LOGITS, TARGETS), whole)
     stacks = LOGITS.reshape(8, 2, 8, 7), TARGETS.reshape(8, 2, 8)
-    for mapper in (jax.vmap, jax.pmap):
-        found = mapper(local, axis_name="data")(*stacks)
-        assert_same(jax.tree.map(lambda words: words[3], found), whole)
+    found = jax.pmap(local, axis_name="data")(*stacks)
+    assert_same(jax.tree.map(lambda words: words[3], found), whole)
     assert_same(jax.vmap(from_logits)(*stacks).reduce(), whole)
 
     def calibration(x, y):
