@@ -195,6 +195,11 @@ def test_an_uncounted_token_is_in_no_sum_even_when_nan_and_a_counted_nan_shows()
     assert np.isnan(Calibration.from_logits(bad, TARGETS).expected_calibration_error)
 
 
+def test_of_equal_logits_the_first_are_the_top_k():
+    sums = TokenSums.from_logits(jnp.zeros((4, 4)), jnp.arange(4), axis=-1, top_k=3)
+    assert (sums.top_k_accuracy, sums.accuracy) == (0.75, 0.25)
+
+
 def test_what_a_batch_came_without_is_nan():
     plain = TokenSums.from_logits(LOGITS, TARGETS)
     full = TokenSums.from_logits(LOGITS, TARGETS, num_bytes=BYTES, top_k=2)
