@@ -11,7 +11,8 @@ loss = jaxent.CrossEntropyLoss(weight=class_weights, label_smoothing=0.1)(logits
 probabilities of few classes, `next_token_targets` a causal model's; `check_targets` names a target
 that is out of range. `CrossEntropyLoss`,
 `NLLLoss` and `LinearCrossEntropyLoss` are the objects, `LinearHead` is an `nnx.Linear` with its
-loss. `reference` has the formulas that they equal, `porting` the way from PyTorch.
+loss. `metrics` are sums over an evaluation set that merge exactly; `reference` has the formulas
+that the functions equal, `porting` the way from PyTorch.
 """
 
 import importlib
@@ -28,7 +29,7 @@ from ._sparse import SparseTargets
 from ._stats import linear_token_stats, token_stats
 
 if TYPE_CHECKING:
-    from . import porting
+    from . import metrics, porting
     from ._flax import CrossEntropyLoss, LinearCrossEntropyLoss, NLLLoss
     from ._linear_head import LinearHead
 
@@ -46,6 +47,7 @@ __all__ = [
     "linear_distillation",
     "linear_token_stats",
     "log_softmax",
+    "metrics",
     "next_token_targets",
     "nll",
     "porting",
@@ -60,6 +62,7 @@ _MODULES = {
     "LinearCrossEntropyLoss": "_flax",
     "LinearHead": "_linear_head",
     "NLLLoss": "_flax",
+    "metrics": "metrics",
     "porting": "porting",
 }
 

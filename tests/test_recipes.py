@@ -276,3 +276,29 @@ def test_perplexity():
     np.testing.assert_allclose(perplexity, np.exp(-log_p.mean()), rtol=1e-5)
     text_bytes = np.asarray(token_bytes)[np.asarray(TARGETS)[COUNTED]].sum()
     np.testing.assert_allclose(bits, -log_p.sum() / np.log(2) / text_bytes, rtol=1e-5)
+
+
+def test_evaluation():
+    functions = recipe("evaluation")
+    logits = HIDDEN @ KERNEL
+    found = functions["evaluate"]([(logits[:1], TARGETS[:1]), (logits[1:], TARGETS[1:])])
+    log_p, of_targets = log_probs(HIDDEN, KERNEL, TARGETS)
+    best = jnp.argmax(log_p, -1)
+    among = (jnp.argsort(log_p, -1)[..., -5:] == TARGETS[..., None]).any(-1)
+    p, right = (np.asarray(x, float)[COUNTED] for x in (jnp.exp(log_p.max(-1)), best == TARGETS))
+    bins = np.ceil(15 * p)
+    gaps = [abs(sum(p[bins == b] - right[bins == b])) for b in range(16)]
+    expected = {
+        "perplexity": jnp.exp(mean_of(-of_targets, COUNTED)),
+        "accuracy": mean_of(best == TARGETS, COUNTED),
+        "top_5_accuracy": mean_of(among, COUNTED),
+        "calibration_error": sum(gaps) / len(p),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-5)
+
+    def loss(temperature):
+        return mean_of(-log_probs(HIDDEN / temperature, KERNEL, TARGETS)[1], COUNTED)
+
+    fitted = functions["temperature"](logits, TARGETS)
+    assert loss(fitted) <= min(loss(fitted * 1.05), loss(fitted / 1.05))

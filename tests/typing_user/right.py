@@ -10,6 +10,7 @@ from flax import nnx
 from jax import Array
 
 import jaxent
+from jaxent.metrics import Calibration, Metric, TokenSums, fit_temperature
 from jaxent.porting import from_torch, legacy_reduction
 
 
@@ -64,3 +65,20 @@ def objects(logits: Array, labels: Array, kernel: Array, rngs: nnx.Rngs) -> list
 
 def ported(module: object) -> jaxent.CrossEntropyLoss | jaxent.NLLLoss | jaxent.LinearHead:
     return from_torch(module) if module else jaxent.porting.from_torch(module)
+
+
+def measured(logits: Array, labels: Array) -> list[Any]:
+    sums = TokenSums.from_logits(logits, labels, top_k=5, ignore_index=0) + TokenSums.empty()
+    sums += TokenSums.from_stats(jaxent.token_stats(logits, labels), sample_weight=labels > 0)
+    calibration = Calibration.from_logits(logits, labels, num_bins=10).psum("data")
+    metric = Metric(Calibration, num_bins=10)
+    metric.update(logits=logits, targets=labels)
+    temperature = fit_temperature(
+        lambda scale: jaxent.cross_entropy(logits, labels, logit_scale=scale)
+    )
+    return [
+        jaxent.metrics.TokenSums.merge(sums, sums).perplexity,
+        calibration.reliability.count,
+        metric.compute(),
+        temperature,
+    ]
