@@ -172,7 +172,7 @@ def set_sums(
     others: Any = None
     centred: Any = None
     if shift is not None:
-        form = "masked" if moment else form or _form(axis, (x, mass, None), False)
+        form = form or _form(axis, (x, mass, None), False)
         functions = centre, centre_at, exponentials
         left, others = _xla.apart_and_others(
             axis, form, functions, x, class_mask, shift, transform, apart
@@ -184,12 +184,11 @@ def set_sums(
     if target is not None:
         logit = centre_at(transform, x, shift, class_mask, target, axis)
         sums = sums._replace(target=jnp.where(_xla.is_inside(target, axis, x), logit, 0))
-    if moment or mass is not None:
+    if mass is not None:
         centred = centre(transform, x, shift, class_mask)
     if moment and apart is not None:
-        mask = _xla.others_mask(apart, x, axis, class_mask)
-        exps = exponentials(transform, x, shift, mask)
-        sums = sums._replace(moment=_xla.sum_classes(axis, product(exps, centred)))
+        arguments = x, class_mask, shift, transform, apart, left
+        sums = sums._replace(moment=_xla.moment_of_others(axis, _moments, *arguments))
     if mass is not None:
         q = without_infinite_derivative(mass.values(class_mask), centred)
         sums = sums._replace(
@@ -206,6 +205,13 @@ def set_sums(
     if places is not None:
         sums = add_places(sums, axis, transform, x, shift, class_mask, apart, places)
     return sums
+
+
+def _moments(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
+    """Return exp(z - shift) * (z - shift), 0 where z is -inf, which a select would make slower."""
+    centred = centre(transform, x, shift, class_mask)
+    lowest = jnp.finfo(centred.dtype).min
+    return exponentials(transform, x, shift, class_mask) * jnp.maximum(centred, lowest)
 
 
 def _in_one_loop(

@@ -256,8 +256,8 @@ def test_head_of_several_codebooks_is_refused_in_a_message_that_says_what_to_cal
     assert message.startswith(f"module has out_features={out_features}")
     assert "one jaxent.linear_cross_entropy under jax.vmap" in message
     section = message.split('"')[1]
-    page = pathlib.Path(__file__).parent.parent / "docs" / "porting.md"
-    assert "docs/porting.md" in message
+    page = pathlib.Path(__file__).parent.parent / "docs" / "porting" / "pytorch.md"
+    assert "docs/porting/pytorch.md" in message
     assert f"\n### {section}\n" in page.read_text()
 
 

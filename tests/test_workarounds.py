@@ -86,6 +86,13 @@ COUNTED = {
     "gather_bits": (held, jaxent.cross_entropy, HALF_ROWS, 0.1 * MB, True),
     "row_max": (touched, lambda x, _: jaxent.log_softmax(x), ROWS, 7 * MB, False),
     "apart_and_others": (held, jaxent.cross_entropy, ROWS, 0.1 * MB, False),
+    "moment_of_others": (
+        held,
+        jaxent.token_stats,
+        (shape(256, 4096), indices(256)),
+        0.5 * MB,
+        False,
+    ),
     "in_one_loop": (
         held,
         functools.partial(jaxent.cross_entropy, axis=1),

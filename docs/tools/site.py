@@ -7,6 +7,7 @@ import ast
 import html
 import json
 import pathlib
+import posixpath
 import re
 import sys
 import types
@@ -30,13 +31,16 @@ LETTER = r'<m[io] mathvariant="normal">[^<]*</m[io]>'
 NAME = re.compile(rf"{LETTER}(?:{LETTER}|<mn>\d+</mn>)+")
 FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo stretchy="false">&#x00028;)')
 PAGE = re.compile(r"\bdocs/(\w+\.md)")
-MODULES = ("porting", "reference")
-# A mark in a page, and the section that takes its place: of which file, under which heading.
-SECTIONS = {
-    "<!-- hard cases -->": ("README.md", "The hard cases"),
-    "<!-- laws -->": ("README.md", "The laws"),
-    "<!-- outside -->": ("benchmarks/README.md", "Where jaxent is outside its bounds"),
+MODULES = ("metrics", "porting", "reference")
+# Pages that are files of the repository.
+COPIED = {
+    "index.md": "README.md",
+    "examples.md": "examples/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changes.md": "CHANGELOG.md",
+    "evidence/benchmarks.md": "benchmarks/README.md",
 }
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
 TYPES = """## Types
 
 | name | is |
@@ -52,7 +56,7 @@ TYPES = """## Types
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the API, of the workarounds and of the measurements."""
     pages = {f"api/{name}.md": api_page(name) for name in public_names()}
-    pages["api/index.md"] = api_index()
+    pages |= {page: copied(page, path) for page, path in COPIED.items()}
     pages["design/workarounds.md"] = workarounds()
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         pages[f"evidence/{path.stem}.md"] = measured(json.loads(path.read_text()))
@@ -61,20 +65,27 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def copied(page: str, path: str) -> str:
+    """Return a file of the repository as a page; what it links to and no page is stays a name."""
+
+    def link(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), match[3]))
+        pages = {source: name for name, source in COPIED.items()}
+        name = pages.get(target, target.removeprefix("docs/") if target[:5] == "docs/" else None)
+        if name is not None and not posixpath.splitext(name)[1]:
+            name += "/README.md"
+        if name is None:
+            return f"`{target}`"
+        relative = posixpath.relpath(name, posixpath.dirname(page) or ".")
+        return f"{match[1]}[{match[2]}]({relative}{match[4] or ''})"
+
+    return LINK.sub(link, (ROOT / path).read_text())
+
+
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in what a page takes from elsewhere."""
-    text = text.replace("```python torch\n", "```python\n")
-    for mark, (path, heading) in SECTIONS.items():
-        if mark in text:
-            text = text.replace(mark, section_of(path, heading))
-    return text
-
-
-def section_of(path: str, heading: str) -> str:
-    """Return a section of a file, its links as they are from a folder of the site."""
-    text = (ROOT / path).read_text()
-    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
-    return section.replace("(docs/", "(../").replace("[docs/", "[")
+    """Make code of a marked snippet, and links of the names in the list of all."""
+    text = re.sub(r"^```python \w+$", "```python", text, flags=re.MULTILINE)
+    return api_index(text) if page.file.src_uri == "api/README.md" else text
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -117,24 +128,23 @@ def api_page(name: str) -> str:
     lines = ["---", f"title: {name}", "---", "", f"::: jaxent.{name}"]
     if name in MODULES:
         lines += ["    options:", "      show_root_members_full_path: true"]
+        lines += ["      inherited_members: true", "      filters: ['!^_']"]
     if name == "TokenStats":  # its fields are described where they are made
         lines += ["    options:", "      show_if_no_docstring: true"]
         lines += ["", "[`token_stats`](token_stats.md) says what each is."]
     return "\n".join([*lines, ""])
 
 
-def api_index() -> str:
-    """Return the list of the functions, which is the README's."""
-    section = section_of("README.md", "The functions").split("\nEach docstring has")[0].strip()
-    missing = [name for name in public_names() if name != "TokenStats" and name not in section]
+def api_index(text: str) -> str:
+    """Return the list of all names with links to their pages, and the types."""
+    missing = [name for name in public_names() if name != "TokenStats" and name not in text]
     if missing:
-        raise PluginError(f"the README's list of functions lacks {', '.join(missing)}")
+        raise PluginError(f"docs/api/README.md lacks {', '.join(missing)}")
+    table, rest = text.split("\n\nEach has a page")
     linked = re.sub(
-        r"`jaxent\.(\w+)[^`]*`",
-        lambda match: f"[{match[0]}]({match[1]}.md)",
-        section,
+        r"`jaxent\.(\w+)[^`]*`", lambda match: f"[{match[0]}]({match[1]}.md)", table
     )
-    return f"---\ntitle: All names\n---\n\n# All names\n\n{linked}\n\n{TYPES}"
+    return f"{linked}\n\nEach has a page{rest}\n\n{TYPES}"
 
 
 def workarounds() -> str:

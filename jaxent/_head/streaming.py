@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 
 from .._axes import vary_alike, vary_like
-from .._dense import keeps_mass_apart, set_sums
+from .._dense import keeps_mass_apart, row_max, set_sums
 from .._numerics import compute_dtype
-from .._rows import RowSums, Transform, first_best, merge
+from .._rows import RowSums, Transform, merge
 from .._xla import packed, scatter_slice, unpacked
 from .chunks import (
     Around,
@@ -195,16 +195,12 @@ def add_chunk(plan: Plan, rows: Rows, chunk: Chunk, fixed: Fixed, logits: Array)
     """Return shift, sums and most probable class with those of one more chunk."""
     shift, sums, best = rows
     transform = transform_of(chunk.head, fixed)
-    z = transform(logits)
-    if chunk.class_mask is not None:
-        z = jnp.where(chunk.class_mask, z, -jnp.inf)
-    top = jnp.max(z, -1, keepdims=True)
+    keeps_best = best is not None
+    _, top, apart = row_max(-1, transform, logits, chunk.class_mask, with_class=keeps_best)
     target = chunk.local_index(fixed.target)
     has_target = None if target is None else (target >= 0) & (target < plan.chunk)
-    apart: Array | None
     stays: Any
     if best is not None:
-        apart = first_best(z, -1)
         stays = (top > shift) | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
         best = jnp.where(stays, chunk.start + apart, best)
         if has_target is not None and fixed.target is not None:
