@@ -16,7 +16,7 @@ that the functions equal, `porting` the way from PyTorch.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import reference
 from ._check import check_targets
@@ -56,6 +56,8 @@ __all__ = [
     "total_weight",
 ]
 
+__version__ = "0.1.0"
+
 # What needs flax.nnx, which takes as long to import as flax: on first use.
 _MODULES = {
     "CrossEntropyLoss": "_flax",
@@ -66,13 +68,14 @@ _MODULES = {
     "porting": "porting",
 }
 
+if not TYPE_CHECKING:  # a type checker that sees it finds every name
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_MODULES[name]}", __name__)
-    return getattr(module, name, module)
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+        return getattr(module, name, module)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__", "__version__"]

@@ -54,7 +54,7 @@ from ._axes import AxisName, check_axis_name
 from ._calls import public
 from ._keywords import CrossEntropyKeywords, LinearCrossEntropyKeywords, NLLKeywords
 from ._linear import linear_cross_entropy
-from ._losses import cross_entropy, nll
+from ._losses import cross_entropy, nll, total_weight
 from ._reduction import TokenStats
 
 
@@ -148,6 +148,26 @@ class _Loss(nnx.Pytree):
                 keywords[name] = jax.lax.stop_gradient(value)
         return keywords
 
+    def total_weight(
+        self, targets: ArrayOrList, *, sample_weight: ArrayOrList | None = None
+    ) -> Array:
+        """Return what the mean of these targets divides by, as `jaxent.total_weight` does.
+
+        Args:
+          targets: class indices.
+          sample_weight: as in the call.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import jaxent
+          >>> loss = jaxent.CrossEntropyLoss(weight=[1.0, 2.0, 1.0], ignore_index=0)
+          >>> loss.total_weight(jnp.array([0, 1, 2]))
+          Array(3., dtype=float32)
+        """
+        names = ("weight", "ignore_index", "axis_name", "class_axis_name")
+        mine = {name: value for name, value in self._keywords({}).items() if name in names}
+        return total_weight(targets, sample_weight=sample_weight, **mine)
+
     def _configuration(self) -> tuple[Any, ...] | None:
         """Return what it is, if it holds no arrays."""
         values = tuple(getattr(self, name) for name in self._names)
@@ -176,8 +196,15 @@ class _Loss(nnx.Pytree):
 class NLLLoss(_Loss):
     """`jaxent.nll` as an object.
 
+    `jaxent.nll` says more of each argument.
+
     Args:
-      weight, ignore_index, reduction, axis, axis_name, class_axis_name: as in `jaxent.nll`.
+      weight: a weight of each class, (C,).
+      ignore_index: the target that does not count; None for none.
+      reduction: "mean", "sum" or "none".
+      axis: the class axis; None reads it off the shapes.
+      axis_name: the mapped axes over which examples are split.
+      class_axis_name: the mapped axes over which classes are split.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.nll` takes.
@@ -223,9 +250,20 @@ class NLLLoss(_Loss):
 class CrossEntropyLoss(_Loss):
     """`jaxent.cross_entropy` as an object.
 
+    `jaxent.cross_entropy` says more of each argument.
+
     Args:
-      weight, ignore_index, reduction, label_smoothing, axis, class_mask, z_loss, logit_scale,
-        softcap, axis_name, class_axis_name: as in `jaxent.cross_entropy`.
+      weight: a weight of each class, (C,).
+      ignore_index: the target that does not count; None for none.
+      reduction: "mean", "sum" or "none".
+      label_smoothing: the part of the target's mass that is spread over all classes, from 0 to 1.
+      axis: the class axis; None reads it off the shapes.
+      class_mask: bool, which classes exist.
+      z_loss: the coefficient of the squared log-normalizer.
+      logit_scale: a factor of the logits: 1 / T for a temperature T.
+      softcap: the bound of softcap * tanh(logits / softcap); None for none.
+      axis_name: the mapped axes over which examples are split.
+      class_axis_name: the mapped axes over which classes are split.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.cross_entropy` takes.
@@ -307,10 +345,25 @@ class CrossEntropyLoss(_Loss):
 class LinearCrossEntropyLoss(_Loss):
     """`jaxent.linear_cross_entropy` as an object: it is given the kernel, and owns none.
 
+    `jaxent.linear_cross_entropy` says more of each argument.
+
     Args:
-      class_axis, dtype, precision, dot_general, chunk_size, weight, ignore_index, reduction,
-        label_smoothing, class_mask, z_loss, logit_scale, softcap, axis_name, class_axis_name,
-        width_axis_name: as in `jaxent.linear_cross_entropy`.
+      class_axis: the kernel's class axis: -1, as Flax has it, or 0, as an embedding is.
+      dtype: the dtype of the matrix products; None takes the operands'.
+      precision: the products' precision, as `jax.lax.dot_general` takes it.
+      dot_general: the function of the products, as Flax takes it for quantized training.
+      chunk_size: the number of classes in a chunk; None chooses the form and the size.
+      weight: a weight of each class, (C,).
+      ignore_index: the target that does not count; None for none.
+      reduction: "mean", "sum" or "none".
+      label_smoothing: the part of the target's mass that is spread over all classes, from 0 to 1.
+      class_mask: bool, which classes exist.
+      z_loss: the coefficient of the squared log-normalizer.
+      logit_scale: a factor of the logits: 1 / T for a temperature T.
+      softcap: the bound of softcap * tanh(logits / softcap); None for none.
+      axis_name: the mapped axes over which examples are split.
+      class_axis_name: the mapped axes over which classes are split.
+      width_axis_name: the mapped axes over which the kernel's width is split.
 
     Raises:
       TypeError, ValueError: an argument is none of what `jaxent.linear_cross_entropy` takes.

@@ -85,7 +85,8 @@ def from_torch(module: Any) -> CrossEntropyLoss | NLLLoss | LinearHead:
     Raises:
       TypeError: `module` is anything else.
       ValueError: its configuration is one that PyTorch, too, refuses when called; or it is a
-        linear cross-entropy with `out_features`, for which docs/porting/pytorch.md has a `jax.vmap`.
+        linear cross-entropy with `out_features`, for which docs/porting/pytorch.md has a
+        `jax.vmap`.
 
     Example:
       >>> import torch  # doctest: +SKIP
@@ -121,8 +122,8 @@ def _read_linear(module: Any, keywords: dict[str, Any]) -> LinearHead:
     if module.out_features:
         raise ValueError(
             f"module has out_features={tuple(module.out_features)}, several heads in one: call "
-            "one jaxent.linear_cross_entropy under jax.vmap, as in docs/porting/pytorch.md, section "
-            '"Several codebooks a token"'
+            "one jaxent.linear_cross_entropy under jax.vmap, as in docs/porting/pytorch.md, "
+            'section "Several codebooks a token"'
         )
     if keywords["ignore_index"] is None:  # so that PyTorch can refuse one with probabilities
         keywords["ignore_index"] = -100

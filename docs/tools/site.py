@@ -30,7 +30,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 LETTER = r'<m[io] mathvariant="normal">[^<]*</m[io]>'
 NAME = re.compile(rf"{LETTER}(?:{LETTER}|<mn>\d+</mn>)+")
 FUNCTION = re.compile(r'(?<!<msub>)(<mi>(?:log|exp|tanh)</mi>)(?!<mo stretchy="false">&#x00028;)')
-PAGE = re.compile(r"\bdocs/(\w+\.md)")
+PAGE = re.compile(r"\bdocs/([\w/]+\.md)")
 MODULES = ("metrics", "porting", "reference")
 # Pages that are files of the repository.
 COPIED = {
@@ -141,9 +141,7 @@ def api_index(text: str) -> str:
     if missing:
         raise PluginError(f"docs/api/README.md lacks {', '.join(missing)}")
     table, rest = text.split("\n\nEach has a page")
-    linked = re.sub(
-        r"`jaxent\.(\w+)[^`]*`", lambda match: f"[{match[0]}]({match[1]}.md)", table
-    )
+    linked = re.sub(r"`jaxent\.(\w+)[^`]*`", lambda match: f"[{match[0]}]({match[1]}.md)", table)
     return f"{linked}\n\nEach has a page{rest}\n\n{TYPES}"
 
 

@@ -8,6 +8,7 @@ import jaxent
 def functions(logits: Array, labels: Array, kernel: Array) -> None:
     jaxent.cross_entropy(logits, labels, label_smothing=0.1)  # error
     jaxent.cross_entropy(logits, labels, reduction="average")  # error
+    jaxent.cross_entopy(logits, labels)  # error
     jaxent.nll(logits, labels, z_loss=1e-4)  # error
     jaxent.linear_cross_entropy(logits, kernel, labels, precision=3)  # error
     jaxent.token_stats(logits, labels, reduction="mean")  # error
@@ -22,6 +23,7 @@ def objects(nll: jaxent.NLLLoss, loss: jaxent.CrossEntropyLoss, x: Array, labels
     nll(x, labels, label_smoothing=0.1)  # error
     loss(x, labels, sample_weights=labels)  # error
     loss(x, labels, reduction="average")  # error
+    loss.total_weight(labels, sample_wieght=labels)  # error
     loss(x, labels, sample_weight=labels)
 
 
