@@ -1,4 +1,4 @@
-"""The charts of the README, drawn from the results that are kept."""
+"""The charts of the documentation, drawn from the results that are kept."""
 
 import functools
 import importlib.util
@@ -14,22 +14,40 @@ EXACT_DTYPES = ("float32", "bfloat16")
 EXACT_CLASSES = (1000, 128256)
 
 
-def of_speed(row):
-    return row["case"]["pass"] == "with backward" and row["case"]["options"] == "plain"
+SHAPES = {
+    (65536, 10): "10 classes",
+    (4096, 1000): "1000 classes",
+    (1024, 32000): "32000 classes",
+    (256, 128256): "128256 classes",
+    (8, 21, 512, 512): "pixels, 21 classes",
+}
 
 
-def of_memory(row):
-    return row["case"]["head"] == "Llama 3 8B"
+def name_of_speed(case: dict) -> str | None:
+    if case["pass"] == "with backward" and case["options"] == "plain":
+        return f"{SHAPES[tuple(case['shape'])]}, {case['dtype']}"
+    return None
 
 
-def of_exactness(row):
-    case = row["case"]
-    return (
+def name_of_memory(case: dict) -> str | None:
+    if "CPU" in case["device"] or case["head"] not in ("Gemma 2 2B", "Llama 3 8B"):
+        return None
+    return f"{case['head']}, {case['device']}"
+
+
+def name_of_exactness(case: dict) -> str | None:
+    if (
         case["of"] == "loss"
         and case["function"] in EXACT_FUNCTIONS
         and case["dtype"] in EXACT_DTYPES
         and case["classes"] in EXACT_CLASSES
-    )
+    ):
+        logits = {"normal": "", "shifted": ", near 10000", "confident": ", nearly certain"}
+        function = {"cross_entropy": "loss", "linear_cross_entropy": "head"}.get(
+            case["function"], "all options"
+        )
+        return f"{function}, {case['classes']} classes, {case['dtype']}{logits[case['logits']]}"
+    return None
 
 
 def of_counted(saved: dict, path: pathlib.Path) -> None:
@@ -71,29 +89,32 @@ CHARTS = {  # the picture's name: of which question, and how
     "speed": (
         "dense_speed",
         {
+            "name": name_of_speed,
+            "label": "time of loss and gradient, of optax's on a float32 copy; less is better",
+            "ticks": {x: f"{x:g}" for x in (0.25, 0.5, 1, 2, 4)},
             "relative_to": "optax on float32",
-            "label": "time of loss and gradient, of that of optax on float32; less is better",
-            "only": of_speed,
-            "log": False,
-            "hide": ("pass", "options"),
+            "limit": 1,
             "without": ("reference",),
         },
     ),
     "memory": (
         "head_memory",
         {
-            "label": "scratch memory of loss and gradients, MB; less is better",
-            "only": of_memory,
-            "floor": 1,
+            "name": name_of_memory,
+            "label": "scratch memory of loss and gradients; less is better",
+            "ticks": {100: "100 MB", 300: "300 MB", 1000: "1 GB", 3000: "3 GB", 10000: "10 GB"},
+            "without": ("reference",),
         },
     ),
     "exactness": (
         "exactness",
         {
-            "label": "largest error of a loss, in eps of float32 (0.01: no more than that)",
-            "only": of_exactness,
-            "floor": 0.01,
-            "hide": ("of",),
+            "name": name_of_exactness,
+            "label": "largest error of a loss, in roundings of float32; less is better",
+            "ticks": {0.1: "0.1 or less", 1: "1", 1e2: "100", 1e4: "10 000", 1e6: "1 000 000"},
+            "limit": 1,
+            "without": ("reference",),
+            "least": 0.1,
         },
     ),
     "counted": ("head_ignored", of_counted),

@@ -191,71 +191,74 @@ def save(saved: dict, path: pathlib.Path) -> None:
 OURS = "#0b3d91"  # jaxent's colour in every chart
 
 
+OTHER = "#d55e00"
+
+
 def chart(
     saved: dict,
     path: pathlib.Path,
     *,
+    name: Callable[[dict], str | None],
+    label: str,
+    ticks: dict[float, str],
     relative_to: str | None = None,
-    label: str = "",
-    only: Callable[[dict], bool] = lambda row: True,
-    hide: tuple[str, ...] = (),
+    limit: float | None = None,
     without: tuple[str, ...] = (),
-    floor: float = 0,
-    log: bool = True,
+    least: float = 0,
 ) -> None:
-    """Bars of each row's sides, grouped by case; `relative_to` divides them by one side's.
+    """Draw a dot of jaxent's, one of the best other side's, and small ones of the rest, by row.
 
-    `hide` are keys of the case that a group's name leaves out, `without` are sides that have no
-    bars, `floor` is the shortest bar.
+    `name` is what a row of a case is called, None leaves it out. `relative_to` divides values by
+    one side's, which is at 1; `limit` is a line. `without` are sides that have no dots, and `least`
+    is where a smaller value is drawn.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in saved["rows"] if only(row)]
-    if relative_to:
-        rows = [row for row in rows if number(row["values"].get(relative_to))]
-    sides = [
-        side
-        for side in saved["sides"]
-        if side not in without and any(number(r["values"].get(side)) is not None for r in rows)
-    ]
-    palette = plt.get_cmap("Set2").colors
-    colors = {side: palette[i % len(palette)] for i, side in enumerate(sides)}
-    colors["jaxent"] = OURS
-    bars = {side: ([], []) for side in sides}  # places, lengths
-    ticks, names, place = [], [], 0
-    for row in rows:
+    rows = [row for row in saved["rows"] if name(row["case"])]
+    figure, axes = plt.subplots(
+        figsize=(9, 0.3 * len(rows) + 1.6), layout="constrained", facecolor="white"
+    )
+    for place, row in enumerate(rows):
         base = number(row["values"][relative_to]) if relative_to else 1
-        figures = {side: number(row["values"].get(side)) for side in sides}
-        figures = {side: x / base for side, x in figures.items() if x is not None}
-        ticks.append(place + (len(figures) - 1) / 2)
-        names.append(" ".join(str(x) for key, x in row["case"].items() if key not in hide))
-        for side, figure in figures.items():
-            bars[side][0].append(place)
-            bars[side][1].append(max(figure, floor))
-            place += 1
-        place += 1
-    inches = 0.1 * place + 1.6
-    figure, axes = plt.subplots(figsize=(10, inches), layout="constrained", facecolor="white")
-    for side, (places, lengths) in bars.items():
-        axes.barh(places, lengths, 1, label=side, color=colors[side], edgecolor="white", lw=0.4)
-    axes.set_yticks(ticks, names, fontsize=9)
-    axes.set_ylim(place - 1, -1)
-    axes.tick_params(axis="y", length=0)
-    if log:
-        axes.set_xscale("log")
-    if floor:
-        axes.set_xlim(left=floor * 0.9)
-    if relative_to:
-        axes.axvline(1, color="grey", linewidth=0.8)
-    axes.grid(axis="x", color="0.9")
+        values = {side: number(row["values"].get(side)) for side in saved["sides"]}
+        values = {k: max(v / base, least) for k, v in values.items() if v and k not in without}
+        ours = values.pop("jaxent")
+        best = min(values, key=values.__getitem__)
+        axes.plot([ours, values[best]], [place, place], color="0.8", lw=2, zorder=1)
+        axes.plot([*values.values()], [place] * len(values), "o", color="0.75", ms=4, zorder=2)
+        axes.plot(values[best], place, "o", color=OTHER, ms=7, zorder=3)
+        axes.plot(ours, place, "o", color=OURS, ms=7, zorder=4)
+        axes.text(
+            1.01,
+            place,
+            best,
+            color=OTHER,
+            fontsize=8,
+            va="center",
+            transform=axes.get_yaxis_transform(),
+        )
+    axes.set_xscale("log")
+    axes.set_xticks([*ticks], [*ticks.values()])
+    axes.xaxis.set_minor_locator(plt.NullLocator())
+    axes.set_yticks(range(len(rows)), [name(row["case"]) for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="both", length=0)
+    if limit is not None:
+        axes.axvline(limit, color="0.4", lw=1, ls="--", zorder=0)
+    axes.grid(axis="x", color="0.93")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.set_xlabel(label or saved["unit"])
-    axes.set_title(saved["title"], fontsize=11, loc="left")
-    figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    axes.set_xlabel(label)
+    for color, size, what in (
+        (OURS, 7, "jaxent"),
+        (OTHER, 7, "the best other, named on the right"),
+        ("0.75", 4, "the rest"),
+    ):
+        axes.plot([], [], "o", color=color, ms=size, label=what)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=9, frameon=False)
     keep(figure, saved, path)
 
 
