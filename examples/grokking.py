@@ -111,7 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("."), help="the folder of grokking.png")
+    parser.add_argument("--out", type=Path, default="grokking.png", help="the picture")
     options = parser.parse_args()
     steps = max(1, options.steps // EVERY) * EVERY
     run = partial(train, steps=steps, seed=options.seed)
@@ -126,9 +126,8 @@ def main():
     for name, looks in results.items():
         loss, lost, accuracy = looks[-1]
         print(f"| {name} | {loss:.2g} | {lost:.0%} | {accuracy:.0%} |")
-    options.out.mkdir(parents=True, exist_ok=True)
-    draw(results, steps, options.out / "grokking.png")
-    print(f"drawn: {options.out / 'grokking.png'}")
+    draw(results, steps, options.out)
+    print(f"\nThe picture is {options.out.resolve()}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import jaxent
 
 GAMES = 512  # of each way and seed, at each step
 SEEDS = 4
-TURNS = 5  # of the network in one game, at most
 ENTROPY_BONUS = 0.05
 LAST = 20  # steps at the end, of which the table has the mean
 ROWS = np.arange(9).reshape(3, 3)
@@ -59,7 +58,6 @@ class Network(nnx.Module):
 
 
 def place(boards, moves, player, where):
-    """The boards after these moves, which are made in the games `where` only."""
     return jnp.where(jax.nn.one_hot(moves, 9, dtype=bool) & where[:, None], player, boards)
 
 
@@ -70,7 +68,7 @@ def opponent_moves(boards, key):
 
 
 def play(model, key, mask_moves):
-    """Boards and moves of each turn (-100 after the end); whether games were won, were illegal."""
+    """Boards and moves (-100 after the end) of 5 turns; whether games were won, were illegal."""
     key, start_key = jax.random.split(key)
     boards = jnp.zeros((GAMES, 9), jnp.int32)
     boards = place(boards, opponent_moves(boards, start_key), -1, jnp.arange(GAMES) >= GAMES // 2)
@@ -81,7 +79,6 @@ def play(model, key, mask_moves):
         log_probs = jaxent.log_softmax(model(boards), class_mask=legal | ~mask_moves)
         moves = jax.random.categorical(keys[0], log_probs)
         turn = boards, jnp.where(running, moves, -100)
-
         is_legal = jnp.take_along_axis(legal, moves[:, None], 1)[:, 0]
         illegal |= running & ~is_legal
         running &= is_legal
@@ -93,7 +90,7 @@ def play(model, key, mask_moves):
         return (boards, running, won, illegal), turn
 
     no = jnp.zeros(GAMES, bool)
-    state, turns = jax.lax.scan(take_turn, (boards, ~no, no, no), jax.random.split(key, (TURNS, 2)))
+    state, turns = jax.lax.scan(take_turn, (boards, ~no, no, no), jax.random.split(key, (5, 2)))
     return *turns, *state[2:]
 
 
@@ -167,7 +164,7 @@ def report(wins, illegal, entropy):
     for way, name in enumerate(WAYS):
         cells = []
         for values, form in results.values():
-            low, high = (format(bound(values[way]), form) for bound in (np.min, np.max))
+            low, high = (format(find(values[way]), form) for find in (np.min, np.max))
             cells.append((low if low == high else f"{low} to {high}").replace("inf", "never"))
         print(f"{name:<20}", *(f"{cell:>16}" for cell in cells))
 
@@ -177,7 +174,9 @@ def draw_curves(axes, values, title):
     values = smooth(values)
     steps = np.arange(1, len(values) + 1)
     for way, colour in enumerate(WAYS.values()):
-        low, high, mean = (bound(values[:, way], 1) for bound in (np.min, np.max, np.mean))
+        low, high, mean = (
+            over_seeds(values[:, way], 1) for over_seeds in (np.min, np.max, np.mean)
+        )
         axes.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
         axes.plot(steps, mean, color=colour, lw=2)
     axes.set(xlim=(0, len(values)), ylim=(0, None), title=title)
@@ -188,24 +187,19 @@ def draw_wins(axes, wins):
     masked, moves_only, penalty = np.median(steps_to_half(wins), 1)
     title = "Games won with illegal moves masked or not"
     if masked < penalty < np.inf and moves_only == np.inf:
-        title = (
-            f"With masks, half of the games are won in {masked:.0f} steps,\n"
-            f"not {penalty:.0f}, but only if the loss is masked, too"
-        )
+        when = f"{masked:.0f} steps, not {penalty:.0f}"
+        title = f"Half of the games are won in {when},\nif moves and loss are masked"
     draw_curves(axes, wins, title)
     low, high = wins[-LAST:].mean(0).min(1), wins[-LAST:].mean(0).max(1)
     for name, y in zip(WAYS, (high[0] + 0.04, high[1] + 0.09, max(low[2] - 0.07, 0.01))):
         axes.text(0.98 * len(wins), y, name, color=WAYS[name], ha="right", weight="bold")
-    axes.set(ylim=(0, 0.72), ylabel=f"games won (range of {SEEDS} seeds)")
+    axes.set(ylim=(0, 0.72), ylabel=f"tic-tac-toe games won (range of {SEEDS} seeds)")
 
 
 def draw(wins, illegal, entropy, path):
     plt.switch_backend("agg")
-    plt.rc(
-        "axes", edgecolor="0.7", grid=True, titlelocation="left", titlesize=11, titleweight="bold"
-    )
+    plt.rc("axes", edgecolor="0.7", grid=True, titlelocation="left", titleweight="bold")
     plt.rc("axes.spines", right=False, top=False)
-    plt.rc("font", size=10.5)
     plt.rc("grid", color="0.92")
     plt.rc("figure.constrained_layout", use=True, w_pad=0.12, h_pad=0.1)
     layout = [["wins", "illegal"], ["wins", "entropy"]]
@@ -215,7 +209,7 @@ def draw(wins, illegal, entropy, path):
     draw_curves(axes["entropy"], entropy, "Entropy in the loss, nats")
     for name in ("wins", "illegal"):
         axes[name].yaxis.set_major_formatter(PercentFormatter(1, 0))
-    figure.supxlabel(f"step ({GAMES} games of each way and seed)", size=10.5)
+    figure.supxlabel(f"step ({GAMES} games of each way and seed)", size=10)
     figure.savefig(path, dpi=140)
 
 
@@ -225,7 +219,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default="policy_gradient.png", help="the picture")
     args = parser.parse_args()
-
     history = train(jax.random.key(args.seed), args.steps)
     report(*history)
     draw(*history, args.out)

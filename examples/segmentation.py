@@ -1,18 +1,19 @@
 """Segmentation with a void label: pixels that have no target, as in Pascal VOC.
 
-Three of scikit-learn's handwritten digits are enlarged and placed at random in each noisy scene of
-32x32 pixels. The target of a pixel is its digit, or 10 for the background, and is 255 (void) in a
-digit's blurred edge, where one cannot say: uint8 (N, H, W), next to logits (N, C, H, W). A small
-U-Net learns from 1500 scenes with void pixels ignored, and with void pixels taken for background,
-as one does without `ignore_index`; each without and with class weights, of which the background's
-is 0.3. It is tested on digits that it never saw, at the pixels that are not void: all sums over
-batches are exact, however many void pixels each has. From the repository:
+Three of scikit-learn's handwritten digits are placed at random in each noisy scene. The target of a
+pixel is its digit, 10 in the background, and 255 (void) in a digit's blurred edge, where one cannot
+say: uint8 (N, H, W), next to logits (N, C, H, W). A small U-Net learns with void ignored, and with
+void taken for background, as one does without `ignore_index`; each without and with class weights,
+0.3 for the background. The test, on digits never seen, leaves void out and is exact over batches.
 
     python examples/segmentation.py
 
 prints a table and what follows from it, and draws segmentation.png here, or where `--out` says.
 
-EXPECT
+Expect a network that takes void for background to lose about 15% of the digits' pixels to it, and
+one that ignores void about 2%, with a higher mean intersection over union (mIoU): in each of three
+seeds. With weights they lose 6 to 7% and 1%, but there, ignoring void does not reliably lift the
+mIoU: weights against the background make up for most of the harm.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.colors import ListedColormap
-from matplotlib.ticker import PercentFormatter
 from scipy.ndimage import zoom
 from sklearn.datasets import load_digits
 from tqdm import tqdm
@@ -34,19 +34,13 @@ import jaxent
 
 SIZE, CELL = 32, 16  # pixels; a scene has 2x2 cells, and three of them have a digit
 BACKGROUND, VOID, CLASSES = 10, 255, 11
-FAINT, CLEAR = 0.25, 0.6  # less ink is background, more is the digit, and between them is void
-NOISE = 0.2  # standard deviation; full ink is 1
+FAINT, CLEAR, NOISE = 0.25, 0.6, 0.2  # ink between the first two is void; full ink is 1
 BATCH, FEW_STEPS = 16, 150
-WEIGHT = np.array([1.0] * BACKGROUND + [0.3], np.float32)
-SETTINGS = (
-    "void as background",
-    "void as background, weights",
-    "void ignored",
-    "void ignored, weights",
-)
-GREY, BLUE, ORANGE = "#6b6b6b", "#0072b2", "#d55e00"  # apart for colour-blind eyes, too
-PALETTE = "#332288 #e69f00 #44aa99 #cc3311 #88ccee #882255 #117733 #ee99aa #0077bb #aaaa00".split()
-PAPER, VOID_COLOUR = "#f1f1f1", "#8a8a8a"
+VOIDS = ("void as background", "void ignored")
+SETTINGS = [f"{void}{weights}" for void in VOIDS for weights in ("", ", weights")]
+GREY, BLUE = "#6b6b6b", "#0072b2"  # apart for colour-blind eyes, too
+DIGITS = ["#328", "#e90", "#4a9", "#c31", "#8ce", "#825", "#173", "#e9a", "#07b", "#aa0"]
+COLOURS = [*DIGITS, "#f1f1f1", "#8a8a8a"]  # of the digits, the background and void
 
 
 def compose(random, digits, labels, count):
@@ -64,44 +58,26 @@ def compose(random, digits, labels, count):
     return ink + NOISE * random.normal(size=ink.shape).astype(np.float32), targets
 
 
-def load_scenes(seed):
-    """Scenes and targets for training and for the test, which share no digit."""
-    digits, labels = load_digits(return_X_y=True)
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(labels))
-    digits, labels = digits[order].reshape(-1, 8, 8) / 16, labels[order]
-    train = compose(random, digits[:1200], labels[:1200], 1500)
-    return train, compose(random, digits[1200:], labels[1200:], 256)
-
-
-class Block(nnx.Module):
-    def __init__(self, channels, features, size, strides, rngs):
-        kernel = (size, size)
-        self.conv = nnx.Conv(channels, features, kernel, strides, use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
-
-    def __call__(self, x):
-        return nnx.relu(self.norm(self.conv(x)))
+def block(channels, features, size, strides, rngs):
+    conv = nnx.Conv(channels, features, (size, size), strides, use_bias=False, rngs=rngs)
+    return nnx.Sequential(conv, nnx.BatchNorm(features, momentum=0.9, rngs=rngs), nnx.relu)
 
 
 def enlarge(x):
     """Twice the height and width, from a quarter of the channels."""
-    n, height, width, channels = x.shape
-    x = x.reshape(n, height, width, 2, 2, channels // 4).swapaxes(2, 3)
-    return x.reshape(n, 2 * height, 2 * width, channels // 4)
+    n, h, w, c = x.shape
+    return x.reshape(n, h, w, 2, 2, c // 4).swapaxes(2, 3).reshape(n, 2 * h, 2 * w, c // 4)
 
 
-class Network(nnx.Module):
-    """A U-Net: a half, a quarter and an eighth of the resolution, and back."""
-
+class Network(nnx.Module):  # a U-Net: a half, a quarter, an eighth of the resolution, and back
     def __init__(self, rngs):
-        self.half = Block(1, 32, 4, 2, rngs)
-        self.quarter = nnx.Sequential(Block(32, 64, 3, 2, rngs), Block(64, 64, 3, 1, rngs))
-        self.eighth = nnx.Sequential(Block(64, 128, 3, 2, rngs), Block(128, 128, 3, 1, rngs))
+        self.half = block(1, 32, 4, 2, rngs)
+        self.quarter = nnx.Sequential(block(32, 64, 3, 2, rngs), block(64, 64, 3, 1, rngs))
+        self.eighth = nnx.Sequential(block(64, 128, 3, 2, rngs), block(128, 128, 3, 1, rngs))
         self.to_quarter = nnx.Linear(128, 4 * 64, rngs=rngs)
-        self.mixed = Block(64, 64, 3, 1, rngs)
+        self.mixed = block(64, 64, 3, 1, rngs)
         self.to_half = nnx.Linear(64, 4 * 32, rngs=rngs)
-        self.last = Block(32, 32, 3, 1, rngs)
+        self.last = block(32, 32, 3, 1, rngs)
         self.out = nnx.Conv(32, 4 * CLASSES, (3, 3), rngs=rngs)
 
     def __call__(self, images):
@@ -114,9 +90,8 @@ class Network(nnx.Module):
 
 @nnx.jit
 def train_step(model, optimizer, images, targets, weight, key):
-    rows = jax.random.randint(
-        jax.random.fold_in(key, optimizer.step[...]), (BATCH,), 0, len(images)
-    )
+    key = jax.random.fold_in(key, optimizer.step[...])
+    rows = jax.random.randint(key, (BATCH,), 0, len(images))
 
     def loss_of(model):
         logits = model(images[rows])
@@ -129,10 +104,9 @@ def train_step(model, optimizer, images, targets, weight, key):
 
 @nnx.jit
 def evaluate(model, images, targets):
-    """Pixels of each class by what they are taken for, loss and accuracy, and the predictions."""
+    """Pixels by target, which void is dropped from, and prediction; token sums; predictions."""
     logits = model(images)
     predictions = logits.argmax(1)
-    # Void is outside of the table, and so is dropped.
     counts = jnp.zeros((CLASSES, CLASSES), jnp.int32).at[targets, predictions].add(1, mode="drop")
     sums = jaxent.metrics.TokenSums.from_logits(logits, targets, ignore_index=VOID)
     return counts, sums, predictions
@@ -146,12 +120,10 @@ def run(name, transform, train, test, weight, steps, seed):
     for _ in bar:
         value = train_step(model, optimizer, *train, weight, key)
         bar.set_postfix(loss=f"{value:.4f}", refresh=False)
-
     model.eval()
     batches = zip(*(np.split(part, 4) for part in test))
     counts, sums, predictions = zip(*(evaluate(model, *batch) for batch in batches))
-    counts = sum(np.asarray(count, np.int64) for count in counts)
-    sums = jax.device_get(sum(sums, jaxent.metrics.TokenSums.empty()))
+    counts, sums = np.sum(counts, 0, np.int64), sum(sums, jaxent.metrics.TokenSums.empty())
     assert sums.count == counts.sum() == (test[1] != VOID).sum()
     both = counts.diagonal()
     return {
@@ -165,95 +137,69 @@ def run(name, transform, train, test, weight, steps, seed):
 
 
 def change(metric, before, after):
-    return f"from {before[metric]:.1%} to {after[metric]:.1%}"
-
-
-def verb(before, after):
-    return "lifts" if after["mIoU"] > before["mIoU"] else "lowers"
+    verb = "lifts" if after[metric] > before[metric] else "lowers"
+    return f"{verb} {metric} from {before[metric]:.1%} to {after[metric]:.1%}"
 
 
 def report(results, steps):
-    """Print the table and what follows from it."""
     percentages = ("mIoU", "accuracy", "lost ink", "false ink")
     print(f"\n{'':<27}", *(f"{name:>10}" for name in (*percentages, "loss, nats")))
     for name, result in zip(SETTINGS, results):
         cells = [f"{result[metric]:.1%}" for metric in percentages] + [f"{result['loss']:.4f}"]
         print(f"{name:<27}", *(f"{cell:>10}" for cell in cells))
-    filled, filled_weights, ignored, ignored_weights = results
-    print(
-        "\nLost ink is pixels of digits taken for background, and false ink the reverse."
-        f"\nIgnoring void {verb(filled, ignored)} the mIoU {change('mIoU', filled, ignored)} without"
-        f" weights,\nand {verb(filled_weights, ignored_weights)} it"
-        f" {change('mIoU', filled_weights, ignored_weights)} with them."
-        f"\nIt takes the lost ink {change('lost ink', filled, ignored)} without weights,"
-        f"\nand {change('lost ink', filled_weights, ignored_weights)} with them."
-    )
+    print("\nLost ink is pixels of digits taken for background, and false ink the reverse.")
+    for metric in ("mIoU", "lost ink"):
+        plain, weighted = (change(metric, results[i], results[i + 2]) for i in (0, 1))
+        print(f"Ignoring void {plain} without weights,\nand {weighted} with them.")
     if steps < FEW_STEPS:
-        print(f"In {steps} steps the networks learn little, and the numbers mean as little.")
+        print(f"In only {steps} steps, the networks learn little, and the numbers say little.")
 
 
-def draw_legend(axes):
-    """A square of its colour for each class, and for void."""
-    names = [*map(str, range(BACKGROUND)), "background", "void"]
-    for x, (name, colour) in enumerate(zip(names, [*PALETTE, PAPER, VOID_COLOUR])):
-        x += 2.2 * (x > BACKGROUND)
-        axes.add_patch(plt.Rectangle((x, 0), 0.45, 1, fc=colour, ec="0.7", lw=0.6))
-        axes.text(x + 0.58, 0.47, name, va="center")
-    axes.set(xlim=(0, 14.6), ylim=(-0.2, 1.2))
-    axes.axis("off")
+def draw_maps(figure, images, targets, results):
+    """The first two test scenes, their targets, and what three networks take them for."""
+    shown = [np.where(targets == VOID, CLASSES, targets)]
+    shown += [results[index]["predictions"] for index in (0, 2, 3)]
+    titles = ("image", "target", *(SETTINGS[index].replace(", ", ",\n") for index in (0, 2, 3)))
+    for row, axes in enumerate(figure.subplots(2, 5)):
+        axes[0].imshow(images[row], cmap="gray_r", vmin=-0.4, vmax=1.2)
+        for ax, classes in zip(axes[1:], shown):
+            ax.imshow(classes[row], cmap=ListedColormap(COLOURS), vmin=0, vmax=CLASSES)
+        for ax, title in zip(axes, titles):
+            ax.set(xticks=[], yticks=[], title="" if row else title)
+    for name, colour in zip([*range(BACKGROUND), "background", "void"], COLOURS):
+        axes[0].fill_between([], [], fc=colour, ec="0.7", label=name)
+    figure.legend(loc="outside lower center", ncols=12, frameon=False, handlelength=1.2)
 
 
 def draw_scores(axes, results):
-    """The mIoU of each setting: a row for each way with void, a colour for weights."""
-    for y, (plain, weights) in enumerate((results[2:], results[:2])):
-        pair = [100 * plain["mIoU"], 100 * weights["mIoU"]]
+    scores = np.reshape([100 * result["mIoU"] for result in results], (2, 2))
+    for y, pair in enumerate(scores):
         axes.plot(pair, [y, y], color=BLUE, lw=3, alpha=0.4, zorder=1)
         for x, colour, name in zip(pair, (GREY, BLUE), ("no weights", "class weights")):
             axes.plot(x, y, "o", color=colour, ms=10, mec="white")
-            side = "left" if x == max(pair) else "right"
-            label = f"  {name} {x:.1f}%  "
+            side, label = "left" if x == pair.max() else "right", f"   {name} {x:.1f}%   "
             axes.text(x, y, label, color=colour, ha=side, va="center", weight="bold")
-    axes.set_yticks([0, 1], ["void ignored", "void as background"])
-    scores = [100 * result["mIoU"] for result in results]
-    margin = 0.5 * (max(scores) - min(scores)) + 1
-    axes.set(ylim=(1.6, -0.6), xlim=(min(scores) - margin, max(scores) + margin))
-    axes.xaxis.set_major_formatter(PercentFormatter(100, 0))
-    axes.set_xlabel("mean intersection over union (mIoU) of the 11 classes, void pixels left out")
-    axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(axis="x", color="0.92")
+    axes.margins(0.45, 0.5)
+    axes.set(xticks=[], title="mIoU of the 11 classes, over pixels that are not void")
+    axes.set_yticks([0, 1], VOIDS)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def draw(test, results, steps, path):
     plt.switch_backend("agg")
     plt.rc("font", size=10.5)
-    plt.rc("axes", edgecolor="0.7", axisbelow=True)
-    figure = plt.figure(figsize=(9.6, 6.9), layout="constrained")
-    maps, strip, chart = figure.subfigures(3, 1, height_ratios=(4.4, 0.4, 1.7))
-    colours = ListedColormap([*PALETTE, PAPER, VOID_COLOUR])
-    images, targets = test
-    shown = [np.where(targets == VOID, BACKGROUND + 1, targets)]
-    shown += [results[index]["predictions"] for index in (0, 2, 3)]
-    titles = ("image", "target", *(SETTINGS[index].replace(", ", ",\n") for index in (0, 2, 3)))
-    for row, axes in enumerate(maps.subplots(2, 5)):
-        axes[0].imshow(images[row], cmap="gray_r", vmin=-0.4, vmax=1.2)
-        for ax, classes in zip(axes[1:], shown):
-            ax.imshow(classes[row], cmap=colours, vmin=0, vmax=CLASSES, interpolation="nearest")
-        for ax, title in zip(axes, titles):
-            ax.set(xticks=[], yticks=[])
-            if row == 0:
-                ax.set_title(title, fontsize=10.5)
-    draw_legend(strip.subplots())
+    plt.rc("axes", edgecolor="0.7", titlesize=10.5)
+    figure = plt.figure(figsize=(9.6, 7), layout="constrained")
+    maps, chart = figure.subfigures(2, 1, height_ratios=(4.6, 1.6))
+    draw_maps(maps, *test, results)
     draw_scores(chart.subplots(), results)
-    before, after = results[0], results[2]
-    few = f", in only {steps} steps" if steps < FEW_STEPS else ""
-    figure.suptitle(
-        f"Ignoring void pixels {verb(before, after)} mIoU {change('mIoU', before, after)}{few}:\n"
-        f"the ink taken for background goes {change('lost ink', before, after)}",
-        x=0.01,
-        ha="left",
-        weight="bold",
-        fontsize=12,
+    mean, lost = (change(metric, results[0], results[2]) for metric in ("mIoU", "lost ink"))
+    title = (
+        f"Without weights, ignoring void {mean}\nand {lost} (digits' pixels taken for background)"
     )
+    title += f", in only {steps} steps" if steps < FEW_STEPS else ""
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=12)
     figure.savefig(path, dpi=160)
 
 
@@ -263,14 +209,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default="segmentation.png", help="the picture")
     args = parser.parse_args()
-
-    (images, targets), test = load_scenes(args.seed)
+    random, data = np.random.default_rng(args.seed), load_digits()
+    split = zip(np.split(random.permutation(len(data.target)), [1200]), (1500, 256))
+    scenes = [compose(random, data.images[i] / 16, data.target[i], n) for i, n in split]
+    (images, targets), test = scenes  # which share no digit
     filled = np.where(targets == VOID, np.uint8(BACKGROUND), targets)
     transform = optax.adam(optax.cosine_decay_schedule(1e-2, args.steps))
     results = []
     for index, name in enumerate(SETTINGS):
         train = jnp.asarray(images), jnp.asarray(filled if index < 2 else targets)
-        weight = jnp.asarray(WEIGHT if index % 2 else np.ones_like(WEIGHT))
+        weight = jnp.ones(CLASSES).at[BACKGROUND].set(0.3 if index % 2 else 1)
         results.append(run(name, transform, train, test, weight, args.steps, args.seed))
     report(results, args.steps)
     draw(test, results, args.steps, args.out)

@@ -268,7 +268,8 @@ def cross_entropy(
       axis: the class axis. None reads it off the shapes (1 or -1) and raises where both fit.
         Under `vmap` the mapped axis is not seen: pass `axis` there.
       sample_weight: bool or float: a scalar, or of the per-example shape, where a size may
-        be 1.
+        be 1. 0 and False leave an example out. Weights may be negative, as advantages are: use
+        "sum" then, since the mean divides by their sum.
       class_mask: bool; classes that are False do not exist (padded vocabularies, illegal
         actions). (C,) lies along the class axis; otherwise it has the dimensions of the
         logits and broadcasts. Target mass on such a class makes the loss +inf.
@@ -284,7 +285,8 @@ def cross_entropy(
       return_stats: whether to return `jaxent.token_stats` of each example as well, from the same
         pass: (loss, stats), as `jax.value_and_grad(..., has_aux=True)` takes it. Of class
         probabilities t, the log-probability is :math:`\sum_c t_c \log p_c`, and the prediction is
-        correct where it is the most probable target. Weights and smoothing are not in them.
+        correct where it is the most probable target. Weights and smoothing are not in them,
+        but an example of sample weight 0 does not count, and has statistics of 0 here.
 
     Returns:
       float32, float64 for float64 logits: a scalar, or for "none" the per-example shape. With

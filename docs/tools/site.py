@@ -40,6 +40,8 @@ COPIED = {
     "changes.md": "CHANGELOG.md",
     "evidence/benchmarks.md": "benchmarks/README.md",
 }
+# What stands for the source of functions of a file: <!-- code examples/digits.py Network -->
+CODE = re.compile(r"<!-- code (\S+) (.*?) -->")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
 TYPES = """## Types
 
@@ -83,7 +85,8 @@ def copied(page: str, path: str) -> str:
 
 
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Make code of a marked snippet, and links of the names in the list of all."""
+    """Make code of what stands for it, and links of the names in the list of all."""
+    text = CODE.sub(lambda match: code_of(match[1], match[2].split()), text)
     text = re.sub(r"^```python \w+$", "```python", text, flags=re.MULTILINE)
     return api_index(text) if page.file.src_uri == "api/README.md" else text
 
@@ -133,6 +136,20 @@ def api_page(name: str) -> str:
         lines += ["    options:", "      show_if_no_docstring: true"]
         lines += ["", "[`token_stats`](token_stats.md) says what each is."]
     return "\n".join([*lines, ""])
+
+
+def code_of(path: str, names: list[str]) -> str:
+    """Return the source of functions and classes of a file, as a block of code."""
+    source = (ROOT / path).read_text()
+    found = {getattr(node, "name", None): node for node in ast.parse(source).body}
+    if missing := {*names} - {*found}:
+        raise PluginError(f"{path} has no {', '.join(sorted(missing))}")
+    lines = source.splitlines()
+    parts = []
+    for node in (found[name] for name in names):
+        first = min([node.lineno, *(x.lineno for x in node.decorator_list)])  # type: ignore[attr-defined]
+        parts.append("\n".join(lines[first - 1 : node.end_lineno]))
+    return "```python\n" + "\n\n\n".join(parts) + "\n```"
 
 
 def api_index(text: str) -> str:
