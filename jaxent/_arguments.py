@@ -128,7 +128,7 @@ def read_targets(targets: Any, ignore_index: Any) -> tuple[Any, Any]:
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(
             "targets must be integer class indices or float class probabilities, got "
-            f"{describe(targets)}"
+            f"{describe(targets)}; if they are one-hot, pass targets.astype(float)"
         )
     _check_holds(targets, ignore_index)
     dtype = targets.dtype if jnp.iinfo(targets.dtype).bits >= 32 else jnp.dtype("int32")
@@ -262,6 +262,19 @@ def check_axis(axis: Any) -> None:
         _read_integer("axis", axis, "an integer")
 
 
+def _axis_hint(
+    shape: tuple[int, ...], of_examples: tuple[int, ...], wanted: list[tuple[int, ...]]
+) -> str:
+    """Return what to do where the examples' shape is none of those wanted."""
+    fitting = [a for a in range(len(shape)) if shape[:a] + shape[a + 1 :] == of_examples]
+    if fitting:
+        return f"pass {' or '.join(f'axis={a}' for a in fitting)}, which fits"
+    for a, size in enumerate(of_examples):
+        if size == 1 and of_examples[:a] + of_examples[a + 1 :] in wanted:
+            return f"axis {a} of the targets is one too many: pass jnp.squeeze(targets, {a})"
+    return "if that is another axis, pass axis"
+
+
 def read_class_axis(axis: Any, logits: Any, targets: Any, name: str) -> int:
     """Return the class axis, given or read off the shapes; it is never guessed."""
     shape, ndim = logits.shape, logits.ndim
@@ -291,7 +304,7 @@ def read_class_axis(axis: Any, logits: Any, targets: Any, name: str) -> int:
             wanted = " or ".join(f"{list(s)} (axis={a})" for a, s in lacking.items())
             raise ValueError(
                 f"{shapes}: {what} {wanted}, the shape of the {name} without "
-                "the class axis; if that is another axis, pass axis"
+                f"the class axis; {_axis_hint(shape, of_examples, [*lacking.values()])}"
             )
     if len(axes) == 2:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self, Unpack
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,9 @@ from ._exact_sums import DIGITS, WORDS, Sums, numpy_of, ratio, read, total_of
 from ._stats import token_stats
 from ._token_sums import (
     OF_STATS,
+    OUTPUTS,
     StatsKeywords,
+    check_names,
     check_size,
     logits_and_targets,
     read_like,
@@ -64,6 +66,8 @@ class Calibration(Sums):
     References:
       Guo et al., On calibration of modern neural networks, ICML 2017.
     """
+
+    KEYWORDS: ClassVar[tuple[str, ...]] = (*OUTPUTS, "num_bins", *OF_STATS)
 
     @classmethod
     def empty(cls, num_bins: int = 15) -> Self:
@@ -130,10 +134,19 @@ class Calibration(Sums):
     @classmethod
     def from_model_output(cls, **outputs: Any) -> Self:
         """Return `from_logits` of what is called so among the outputs, as `TokenSums` does."""
+        check_names(outputs, cls.KEYWORDS)
         given = with_mask(outputs)
         return cls.from_logits(
-            *logits_and_targets(given), **taken(given, ("num_bins", "sample_weight", *OF_STATS))
+            *logits_and_targets(given, " (statistics have no confidence)"),
+            **taken(given, ("num_bins", "sample_weight", *OF_STATS)),
         )
+
+    def __repr__(self) -> str:
+        """Say what the sums are, and not their digits."""
+        if isinstance(self.words, jax.core.Tracer) or self.words.ndim != 3:
+            return f"Calibration(words={self.words.dtype}{list(self.words.shape)})"
+        error, bins = self.expected_calibration_error, self.words.shape[0]
+        return f"Calibration(expected_calibration_error={error:.6g}, num_bins={bins})"
 
     def compute(self) -> Any:
         """Return the expected calibration error."""

@@ -21,7 +21,7 @@ OTHERS_NAMES = {
     "labels": "targets",
     "label": "targets",
     "y_true": "targets",
-    "where": "sample_weight (a bool array will do)",
+    "where": "sample_weight (a bool array will do), or class_mask for classes",
     "mask": "sample_weight (a bool array will do), or class_mask for classes",
     "weights": "weight for classes, sample_weight for examples",
     "class_weight": "weight",
@@ -90,12 +90,14 @@ def _wrong_call(function: Callable[..., Any], args: Any, keywords: Any) -> str |
         kinds = {k: p.kind for k, p in signature.parameters.items() if k != "self"}
         positional = [k for k, kind in kinds.items() if kind == by_position]
         if len(args) > len(positional) + ("self" in signature.parameters):
+            taken = f"only {', '.join(positional)} are" if positional else "nothing is"
             hints.append(
-                f"only {', '.join(positional)} are taken by position, and the rest by name "
-                "(weight=..., reduction=...)"
+                f"{taken} taken by position, and the rest by name (weight=..., reduction=...)"
             )
         named = [k for k, kind in kinds.items() if kind != others]
         hint = "; ".join(hints) or f"its arguments are {', '.join(named)}"
+        if unknown and not hints and unknown[0] not in str(error) and others not in kinds.values():
+            hint = f"it has no argument {', '.join(unknown)}; {hint}"
         return f"{name}: {error}; {hint}"
     return None
 

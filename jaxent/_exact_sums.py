@@ -129,7 +129,16 @@ class Sums:
         """Return the sums over the tokens of both."""
         if type(other) is not type(self):
             return NotImplemented
+        if self.words.shape != other.words.shape:
+            raise ValueError(
+                f"sums of {self.words.shape[0]} and of {other.words.shape[0]} bins are not added: "
+                "give both the same num_bins"
+            )
         return dataclasses.replace(self, words=_added(self.words, other.words))
+
+    def __radd__(self, other: int) -> Self:
+        """Return the sums themselves, so that `sum` adds them, which begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def merge(self, other: Self) -> Self:
         """Return `self + other`, by CLU's and metrax's name."""

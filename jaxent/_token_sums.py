@@ -1,8 +1,10 @@
 """What sums over tokens say: loss, perplexity, accuracy."""
 
 import dataclasses
+import difflib
 import math
-from typing import Any, Self, TypedDict, Unpack
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,10 @@ class StatsKeywords(TypedDict, total=False):
     class_axis_name: AxisName
 
 
+OF_STATS = tuple(StatsKeywords.__annotations__)
+OUTPUTS = ("logits", "targets", "labels", "sample_weight", "mask")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenSums(Sums):
@@ -73,6 +79,15 @@ class TokenSums(Sums):
       (Array(2., dtype=float32), Array(0.333, dtype=float32), Array(3., dtype=float32))
     """
 
+    KEYWORDS: ClassVar[tuple[str, ...]] = (
+        *OUTPUTS,
+        "stats",
+        "num_bytes",
+        "top_k",
+        "top_k_correct",
+        *OF_STATS,
+    )
+
     @classmethod
     def empty(cls) -> Self:
         """Return the sums of no tokens."""
@@ -93,7 +108,8 @@ class TokenSums(Sums):
           stats: arrays of one shape, (...).
           sample_weight: weights of the tokens in the loss; a scalar, or of as many dimensions as
             the tokens, to which it broadcasts. A token of weight 0 is not counted.
-          num_bytes: how many bytes of text each token stands for, as `sample_weight` is given.
+          num_bytes: how many bytes of text each target stands for, as `sample_weight` is given:
+            `token_bytes[targets]`, where `token_bytes` (C,) has the length of each token's text.
           top_k_correct: bool, (...), whether the target is among the k most probable classes.
 
         Raises:
@@ -146,17 +162,27 @@ class TokenSums(Sums):
         `logits` and `targets` (or `labels`), and the keywords of both. `mask` is a
         `sample_weight`. Others are left to other metrics.
         """
+        check_names(outputs, cls.KEYWORDS)
         given = with_mask(outputs)
         if "stats" in outputs:
             return cls.from_stats(outputs["stats"], **taken(given, (*_BESIDES, "top_k_correct")))
         return cls.from_logits(
-            *logits_and_targets(given), **taken(given, (*_BESIDES, "top_k", *OF_STATS))
+            *logits_and_targets(given, ", or stats"),
+            **taken(given, (*_BESIDES, "top_k", *OF_STATS)),
         )
 
     def compute(self) -> dict[str, Any]:
         """Return what every batch gives: loss, perplexity, bits_per_token, accuracy, entropy."""
         names = ("loss", "perplexity", "bits_per_token", "accuracy", "entropy")
         return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        """Say what the sums are, and not their digits."""
+        if isinstance(self.words, jax.core.Tracer) or self.words.ndim != 2:
+            return f"TokenSums(words={self.words.dtype}{list(self.words.shape)})"
+        return (
+            f"TokenSums(loss={self.loss:.6g}, accuracy={self.accuracy:.6g}, count={self.count:g})"
+        )
 
     @property
     def loss(self) -> Any:
@@ -225,7 +251,6 @@ _ROWS = (
     "squared_log_normalizer",
     "num_bytes",
 )
-OF_STATS = tuple(StatsKeywords.__annotations__)
 _BESIDES = ("sample_weight", "num_bytes")
 
 
@@ -301,9 +326,10 @@ def read_like(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     array = read_array(name, value)
     got = array.shape
     if got and (len(got) != len(shape) or any(a not in (1, b) for a, b in zip(got, shape))):
+        hint = "; of a table (C,), pass its entries at the targets" if name == "num_bytes" else ""
         raise ValueError(
             f"{name} is {list(got)}: it must be a scalar, or broadcast to the tokens' "
-            f"{list(shape)}, with as many dimensions"
+            f"{list(shape)}, with as many dimensions{hint}"
         )
     return array
 
@@ -316,13 +342,22 @@ def with_mask(outputs: dict[str, Any]) -> dict[str, Any]:
     return {**outputs, "sample_weight": mask if weight is None else jnp.asarray(weight) * mask}
 
 
-def logits_and_targets(outputs: dict[str, Any]) -> tuple[Any, Any]:
+def logits_and_targets(outputs: dict[str, Any], otherwise: str = "") -> tuple[Any, Any]:
     targets = outputs.get("targets", outputs.get("labels"))
     if outputs.get("logits") is None or targets is None:
         raise TypeError(
-            f"logits and targets (or labels) are needed, or stats, got {', '.join(outputs)}"
+            f"logits and targets (or labels) are needed{otherwise}, got {', '.join(outputs)}"
         )
     return outputs["logits"], targets
+
+
+def check_names(given: Iterable[str], known: tuple[str, ...], only: bool = False) -> None:
+    """Raise where a name is misspelt; where `only` these are known, where it is another one."""
+    for name in given:
+        like = difflib.get_close_matches(name, known, 1, 0.8)
+        if name not in known and (only or like):
+            hint = f"did you mean {like[0]}?" if like else f"it may be {', '.join(known)}"
+            raise TypeError(f"{name} is not known; {hint}")
 
 
 def taken(outputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

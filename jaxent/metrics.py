@@ -24,7 +24,7 @@ from flax import nnx
 from flax.nnx.training.metrics import MetricState
 
 from ._calibration import Calibration, Reliability, fit_temperature
-from ._token_sums import TokenSums, taken
+from ._token_sums import TokenSums, check_names, taken
 
 __all__ = ["Calibration", "Metric", "Reliability", "TokenSums", "fit_temperature"]
 
@@ -52,6 +52,9 @@ class Metric(nnx.Metric):
     def __init__(
         self, kind: type[TokenSums] | type[Calibration] = TokenSums, **keywords: Any
     ) -> None:
+        if not (isinstance(kind, type) and issubclass(kind, (TokenSums, Calibration))):
+            raise TypeError(f"kind must be TokenSums or Calibration, got {kind!r}")
+        check_names(keywords, kind.KEYWORDS, only=True)
         self._kind = nnx.static(kind)
         self._keywords = nnx.static(tuple(keywords.items()))
         self._words = MetricState(self._empty().words)
@@ -69,7 +72,8 @@ class Metric(nnx.Metric):
 
         Args:
           **outputs: `logits` and `targets` (or `labels`), or `stats`; `sample_weight` or `mask`,
-            and keywords. What it does not know is another metric's.
+            and keywords. What it does not know is another metric's, except what looks like a
+            misspelt name of these.
         """
         added = self._kind.from_model_output(**{**dict(self._keywords), **outputs})
         self._words[...] = (self.sums + added).words
@@ -79,5 +83,8 @@ class Metric(nnx.Metric):
         self._words[...] = self._empty().words
 
     def compute(self) -> Any:
-        """Return what `kind.compute` does."""
-        return self.sums.compute()
+        """Return what `kind.compute` does, and `top_k_accuracy` where it has a `top_k`."""
+        found = self.sums.compute()
+        if "top_k" in dict(self._keywords):
+            found = {**found, "top_k_accuracy": self.sums.top_k_accuracy}
+        return found

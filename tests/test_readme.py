@@ -41,6 +41,16 @@ def test_snippets_run(page):
         exec(compile(snippet, page, "exec"), namespace)
 
 
+ALL_PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[be]*/README.md")]
+
+
+@pytest.mark.parametrize("page", [str(path.relative_to(ROOT)) for path in ALL_PAGES])
+def test_links_lead_to_files_of_the_repository(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s:#]+)(?:#[^)]*)?\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
 def test_continuous_integration_runs_the_commands_of_the_readme():
     commands = [c.strip() for c in blocks(README, "sh") if "-m venv" in c]
     assert len(commands) == 2

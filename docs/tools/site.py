@@ -40,9 +40,10 @@ COPIED = {
     "changes.md": "CHANGELOG.md",
     "evidence/benchmarks.md": "benchmarks/README.md",
 }
-# What stands for the source of functions of a file: <!-- code examples/digits.py Network -->
-CODE = re.compile(r"<!-- code (\S+) (.*?) -->")
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^):#]+)(#[^)]*)?\)")
+# A link that stands for code: [examples/digits.py: `Network`, `evaluate`](../../examples/digits.py)
+FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^\[(\S+\.py): (.*?)\]\(.*\)$", re.MULTILINE)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)(#[^)]*)?\)")
 TYPES = """## Types
 
 | name | is |
@@ -58,7 +59,7 @@ TYPES = """## Types
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of the API, of the workarounds and of the measurements."""
     pages = {f"api/{name}.md": api_page(name) for name in public_names()}
-    pages |= {page: copied(page, path) for page, path in COPIED.items()}
+    pages |= {page: (ROOT / path).read_text() for page, path in COPIED.items()}
     pages["design/workarounds.md"] = workarounds()
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         pages[f"evidence/{path.stem}.md"] = measured(json.loads(path.read_text()))
@@ -67,28 +68,54 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def copied(page: str, path: str) -> str:
-    """Return a file of the repository as a page; what it links to and no page is stays a name."""
+def linked(text: str, path: str, page: str) -> str:
+    """Return the text of a file, its links as they are from a page of the site.
+
+    In the repository, what is made for the site is linked by what it is made of. A link to what is
+    no page stays a name.
+    """
 
     def link(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), match[3]))
-        pages = {source: name for name, source in COPIED.items()}
-        name = pages.get(target, target.removeprefix("docs/") if target[:5] == "docs/" else None)
-        if name is not None and not posixpath.splitext(name)[1]:
-            name += "/README.md"
+        mark, text, target, anchor = match.groups()
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+        if not (ROOT / target).exists():
+            raise PluginError(f"{path} links to {target}, which does not exist")
+        name = page_of(target, text.strip("`"))
         if name is None:
             return f"`{target}`"
         relative = posixpath.relpath(name, posixpath.dirname(page) or ".")
-        return f"{match[1]}[{match[2]}]({relative}{match[4] or ''})"
+        return f"{mark}[{text}]({relative}{anchor or ''})"
 
-    return LINK.sub(link, (ROOT / path).read_text())
+    parts = FENCE.split(text)  # and code is left alone
+    parts[::2] = [LINK.sub(link, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def page_of(target: str, text: str) -> str | None:
+    """Return the page that a link to a file leads to, by its text where there are several."""
+    copied = {source: name for name, source in COPIED.items()}
+    if target == "docs/api/README.md" and text in public_names():
+        return f"api/{text}.md"
+    if target == "jaxent/_xla.py":
+        return "design/workarounds.md"
+    if target.startswith("benchmarks/results/"):
+        return f"evidence/{posixpath.splitext(posixpath.basename(target))[0]}.md"
+    if target in copied:
+        return copied[target]
+    if not target.startswith("docs/"):
+        return None
+    name = target.removeprefix("docs/")
+    return name if posixpath.splitext(name)[1] else f"{name}/README.md"
 
 
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make code of what stands for it, and links of the names in the list of all."""
-    text = CODE.sub(lambda match: code_of(match[1], match[2].split()), text)
+    name = page.file.src_uri
+    text = CODE.sub(lambda match: code_of(match[1], re.findall(r"`(\w+)`", match[2])), text)
+    if name in COPIED or (ROOT / "docs" / name).exists():
+        text = linked(text, COPIED.get(name, f"docs/{name}"), name)
     text = re.sub(r"^```python \w+$", "```python", text, flags=re.MULTILINE)
-    return api_index(text) if page.file.src_uri == "api/README.md" else text
+    return api_index(text) if name == "api/README.md" else text
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
