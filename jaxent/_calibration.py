@@ -28,6 +28,7 @@ from ._token_sums import (
     check_size,
     logits_and_targets,
     read_like,
+    read_positive,
     taken,
     with_mask,
 )
@@ -67,13 +68,13 @@ class Calibration(Sums):
       Guo et al., On calibration of modern neural networks, ICML 2017.
     """
 
+    NDIM: ClassVar[int] = 3
     KEYWORDS: ClassVar[tuple[str, ...]] = (*OUTPUTS, "num_bins", *OF_STATS)
 
     @classmethod
     def empty(cls, num_bins: int = 15) -> Self:
         """Return the sums of no tokens."""
-        if not isinstance(num_bins, int) or num_bins < 1:
-            raise ValueError(f"num_bins must be a positive integer, got {num_bins!r}")
+        num_bins = read_positive("num_bins", num_bins)
         return cls(jnp.zeros((num_bins, 3, WORDS), jnp.int32))
 
     @classmethod
@@ -97,8 +98,7 @@ class Calibration(Sums):
         check_size(values.shape)
         right = read_like("correct", correct, values.shape)
         which = read_like("counted", counted, values.shape)
-        cls.empty(num_bins)
-        return cls(_bins_of(num_bins, values, right, which))
+        return cls(_bins_of(read_positive("num_bins", num_bins), values, right, which))
 
     @classmethod
     def from_logits(
@@ -126,6 +126,8 @@ class Calibration(Sums):
         )
         predicted: Any = {**keywords, "axis": axis, "ignore_index": -1}
         confidence = jnp.exp(token_stats(logits, stats.prediction, **predicted).log_prob)
+        # A target out of range is neither right nor wrong.
+        confidence = jnp.where(jnp.isnan(stats.log_prob), stats.log_prob, confidence)
         counted, weight = stats.counted, read_sample_weight(sample_weight, stats.counted.shape)
         if weight is not None:
             counted &= weight != 0
@@ -160,7 +162,7 @@ class Calibration(Sums):
         flags = confidence[..., DIGITS:]
         digits = confidence[..., :DIGITS] - correct[..., :DIGITS]
         gap = read(numpy_of(digits).concatenate([digits, flags], -1))
-        return ratio(numpy_of(gap).abs(gap).sum(), read(count).sum())
+        return ratio(numpy_of(gap).abs(gap).sum(-1), read(count).sum(-1))
 
     @property
     def reliability(self) -> Reliability:
@@ -174,6 +176,7 @@ class Calibration(Sums):
 
 @compiled
 def _bins_of(num_bins: int, confidence: Array, correct: Array, counted: Array) -> Array:
+    confidence = confidence.astype(jnp.promote_types(confidence.dtype, jnp.float32))
     inside = (confidence >= 0) & (confidence <= 1)
     number = jnp.where(inside, jnp.ceil(confidence * num_bins), 1).astype(jnp.int32) - 1
     confidence = jnp.where(inside, confidence, jnp.nan)

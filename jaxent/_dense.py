@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from . import _xla
@@ -189,7 +190,7 @@ def set_sums(
     if mass is not None:
         centred = centre(transform, x, shift, class_mask)
     if moment and apart is not None:
-        arguments = x, class_mask, shift, transform, apart, left
+        arguments = x, class_mask, shift, transform, apart
         sums = sums._replace(moment=_xla.moment_of_others(axis, _moments, *arguments))
     if mass is not None:
         q = without_infinite_derivative(mass.values(class_mask), centred)
@@ -210,10 +211,13 @@ def set_sums(
 
 
 def _moments(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
-    """Return exp(z - shift) * (z - shift), 0 where z is -inf, which a select would make slower."""
+    """Return exp(z - shift) * (z - shift), 0 where z is -inf, which a select would make slower.
+
+    The exponential is 0 from far above the floor on, which is small enough to be multiplied.
+    """
     centred = centre(transform, x, shift, class_mask)
-    lowest = jnp.finfo(centred.dtype).min
-    return exponentials(transform, x, shift, class_mask) * jnp.maximum(centred, lowest)
+    floor = -2 * np.log(jnp.finfo(centred.dtype).max)  # -177 in float32, of exponentials above -104
+    return exponentials(transform, x, shift, class_mask) * jnp.maximum(centred, floor)
 
 
 def _in_one_loop(

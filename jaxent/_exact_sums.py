@@ -7,7 +7,7 @@ two flags, whether an infinity of either sign was added; NaN is both. Words are 
 
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,7 @@ class Sums:
     """What sums have in common: `words`, int32 (..., WORDS), that are added."""
 
     words: Any
+    NDIM: ClassVar[int] = 2  # of words that are not stacked
 
     def __add__(self, other: Self) -> Self:
         """Return the sums over the tokens of both."""
@@ -131,8 +132,8 @@ class Sums:
             return NotImplemented
         if self.words.shape != other.words.shape:
             raise ValueError(
-                f"sums of {self.words.shape[0]} and of {other.words.shape[0]} bins are not added: "
-                "give both the same num_bins"
+                f"words {list(self.words.shape)} and {list(other.words.shape)} are not added: give "
+                "both the same num_bins, and reduce() what is stacked"
             )
         return dataclasses.replace(self, words=_added(self.words, other.words))
 
@@ -150,7 +151,10 @@ class Sums:
         Such are what `jax.lax.scan`, `jax.vmap`, `jax.pmap` and
         `jax.experimental.multihost_utils.process_allgather` return.
         """
-        return dataclasses.replace(self, words=_reduced(jnp.asarray(self.words)))
+        words = jnp.asarray(self.words)
+        if words.ndim <= self.NDIM:
+            raise ValueError(f"words are {list(words.shape)}: there is nothing stacked to reduce")
+        return dataclasses.replace(self, words=_reduced(words))
 
     def psum(self, axis_name: AxisName) -> Self:
         """Return the sums over all shards of mapped axes, in `jax.shard_map`, `pmap` or `vmap`.

@@ -52,7 +52,12 @@ from ._arguments import (
 )
 from ._axes import AxisName, check_axis_name
 from ._calls import public
-from ._keywords import CrossEntropyKeywords, LinearCrossEntropyKeywords, NLLKeywords
+from ._keywords import (
+    CrossEntropyKeywords,
+    LinearCrossEntropyKeywords,
+    NLLKeywords,
+    TotalWeightKeywords,
+)
 from ._linear import linear_cross_entropy
 from ._losses import cross_entropy, nll, total_weight
 from ._reduction import TokenStats
@@ -148,14 +153,13 @@ class _Loss(nnx.Pytree):
                 keywords[name] = jax.lax.stop_gradient(value)
         return keywords
 
-    def total_weight(
-        self, targets: ArrayOrList, *, sample_weight: ArrayOrList | None = None
-    ) -> Array:
+    def total_weight(self, targets: ArrayOrList, **keywords: Unpack[TotalWeightKeywords]) -> Array:
         """Return what the mean of these targets divides by, as `jaxent.total_weight` does.
 
         Args:
           targets: class indices.
-          sample_weight: as in the call.
+          **keywords: those of `jaxent.total_weight`; they override the object's. Examples that its
+            `class_mask` leaves without a class count here: give them a sample weight of 0.
 
         Example:
           >>> import jax.numpy as jnp
@@ -164,9 +168,9 @@ class _Loss(nnx.Pytree):
           >>> loss.total_weight(jnp.array([0, 1, 2]))
           Array(3., dtype=float32)
         """
-        names = ("weight", "ignore_index", "axis_name", "class_axis_name")
-        mine = {name: value for name, value in self._keywords({}).items() if name in names}
-        return total_weight(targets, sample_weight=sample_weight, **mine)
+        names = TotalWeightKeywords.__annotations__
+        mine: Any = {name: value for name, value in self._keywords({}).items() if name in names}
+        return total_weight(targets, **{**mine, **keywords})
 
     def _configuration(self) -> tuple[Any, ...] | None:
         """Return what it is, if it holds no arrays."""

@@ -9,13 +9,18 @@ from ._arguments import ArrayOrList, DotGeneral, Reduction
 from ._axes import AxisName
 
 
-class _OfAll(TypedDict, total=False):
+class TotalWeightKeywords(TypedDict, total=False):
+    """The keywords of `jaxent.total_weight`."""
+
     weight: ArrayOrList | None
     ignore_index: int | None
-    reduction: Reduction
     sample_weight: ArrayOrList | None
     axis_name: AxisName
     class_axis_name: AxisName
+
+
+class _OfAll(TotalWeightKeywords, total=False):
+    reduction: Reduction
 
 
 class _OfLogits(_OfAll, total=False):

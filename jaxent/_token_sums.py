@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self, TypedDict, Unpack
 
@@ -19,14 +20,18 @@ from ._arguments import (
     read_array,
     read_class_axis,
     read_class_mask,
+    read_logit_scale,
     read_logits,
     read_sample_weight,
+    read_softcap,
     read_targets,
 )
 from ._axes import AxisName
 from ._calls import compiled
-from ._exact_sums import MOST_TERMS, WORDS, Sums, numpy_of, ratio, read, total_of
+from ._exact_sums import DIGITS, MOST_TERMS, WORDS, Sums, numpy_of, ratio, read, total_of
+from ._numerics import compute_dtype
 from ._reduction import TokenStats
+from ._rows import Transform
 from ._sparse import SparseTargets
 from ._stats import token_stats
 from ._xla import class_numbers, take_class
@@ -115,6 +120,8 @@ class TokenSums(Sums):
         Raises:
           TypeError, ValueError: an argument is of another dtype or shape.
         """
+        if not isinstance(stats, TokenStats):
+            raise TypeError(f"stats must be a jaxent.TokenStats, got {type(stats).__name__}")
         shape = stats.counted.shape
         check_size(shape)
         weight = read_sample_weight(sample_weight, shape)
@@ -164,7 +171,11 @@ class TokenSums(Sums):
         """
         check_names(outputs, cls.KEYWORDS)
         given = with_mask(outputs)
-        if "stats" in outputs:
+        if outputs.get("stats") is not None:
+            if late := [name for name in ("top_k", *OF_STATS) if name in outputs]:
+                raise TypeError(
+                    f"{', '.join(late)} is for logits: statistics are made with it, or without"
+                )
             return cls.from_stats(outputs["stats"], **taken(given, (*_BESIDES, "top_k_correct")))
         return cls.from_logits(
             *logits_and_targets(given, ", or stats"),
@@ -261,28 +272,33 @@ def _words_of(
     counted, dtype = stats.counted, stats.log_prob.dtype
     weight = jnp.ones((), dtype) if weight is None else weight.astype(dtype)
     counted &= weight != 0
+    # Where the target is out of range, nothing is right or wrong.
+    poison = jnp.where(jnp.isnan(stats.log_prob), stats.log_prob, 0)
     rows = [
         weight * -stats.log_prob,
         weight,
         1,
-        stats.correct,
-        jnp.nan if top_k_correct is None else top_k_correct,
+        stats.correct + poison,
+        0 if top_k_correct is None else top_k_correct + poison,
         stats.entropy,
         stats.log_normalizer**2,
-        jnp.nan if num_bytes is None else weight * num_bytes,
+        0 if num_bytes is None else weight * num_bytes,
     ]
     # One after another, so that they are compiled once.
     words: Array = jax.lax.map(
         total_of, jnp.stack([jnp.where(counted, row, 0).astype(dtype) for row in rows])
     )
-    return words
+    # NaN by its flags: a literal one is what `jax_debug_nans` reports with jit off.
+    is_absent = {"top_k_correct": top_k_correct is None, "num_bytes": num_bytes is None}
+    absent = np.array([is_absent.get(name, False) for name in _ROWS])[:, None]
+    is_flag = np.arange(WORDS) >= DIGITS
+    return jnp.where(absent & is_flag & jnp.any(counted), 1, words)
 
 
 def _top_k_correct(
     top_k: Any, logits: Any, targets: Any, stats: TokenStats, keywords: StatsKeywords
 ) -> Array:
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-        raise ValueError(f"top_k must be a positive integer, got {top_k!r}")
+    top_k = read_positive("top_k", top_k)
     if keywords.get("class_axis_name") is not None:
         raise ValueError("top_k needs all classes in one place, and class_axis_name splits them")
     x = read_logits(logits, "logits", targets)
@@ -293,25 +309,40 @@ def _top_k_correct(
     mask = read_class_mask(keywords.get("class_mask"), x.shape, axis, "logits")
     if mask is not None and mask.shape == (x.shape[axis],):
         mask = mask.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-    return _is_in_top_k(
-        (axis, top_k), x, y, mask, jnp.asarray(keywords.get("logit_scale", 1.0)), stats.log_prob
-    )
+    scale = read_logit_scale(keywords.get("logit_scale", 1.0))
+    options = axis, min(top_k, x.shape[axis]), read_softcap(keywords.get("softcap"))
+    return _is_in_top_k(options, x, y, mask, scale, stats.log_prob)
 
 
 @compiled
 def _is_in_top_k(
-    options: tuple[int, int], x: Array, y: Array, mask: Any, scale: Array, log_prob: Array
+    options: tuple[int, int, float | None],
+    x: Array,
+    y: Array,
+    mask: Any,
+    scale: Any,
+    log_prob: Array,
 ) -> Array:
-    """Return whether fewer than k classes are before the target; `softcap` changes no order."""
-    axis, k = options
-    x = jnp.sign(scale).astype(x.dtype) * x
+    """Return whether fewer than k classes are before the target, and it has a probability."""
+    axis, k, cap = options
+    x = Transform.of(scale, cap, compute_dtype(x))(x)
     if mask is not None:
         x = jnp.where(mask, x, -jnp.inf)
     index = jnp.expand_dims(y, axis)
     index = jnp.where((index >= 0) & (index < x.shape[axis]), index, -1)
     of_target = take_class((x,), index, axis)
     is_before = (x > of_target) | ((x == of_target) & (class_numbers(x, axis) < index))
-    return (jnp.sum(is_before, axis, dtype=jnp.int32) < k) & ~jnp.isnan(log_prob)
+    return (jnp.sum(is_before, axis, dtype=jnp.int32) < k) & jnp.isfinite(log_prob)
+
+
+def read_positive(name: str, value: Any) -> int:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
 
 
 def check_size(shape: tuple[int, ...]) -> None:
@@ -339,11 +370,15 @@ def with_mask(outputs: dict[str, Any]) -> dict[str, Any]:
     mask, weight = outputs.get("mask"), outputs.get("sample_weight")
     if mask is None:
         return outputs
-    return {**outputs, "sample_weight": mask if weight is None else jnp.asarray(weight) * mask}
+    return {
+        **outputs,
+        "sample_weight": mask if weight is None else jnp.asarray(weight) * jnp.asarray(mask),
+    }
 
 
 def logits_and_targets(outputs: dict[str, Any], otherwise: str = "") -> tuple[Any, Any]:
-    targets = outputs.get("targets", outputs.get("labels"))
+    targets = outputs.get("targets")
+    targets = outputs.get("labels") if targets is None else targets
     if outputs.get("logits") is None or targets is None:
         raise TypeError(
             f"logits and targets (or labels) are needed{otherwise}, got {', '.join(outputs)}"

@@ -311,6 +311,45 @@ def test_it_is_what_a_sum_of_all_exponentials_loses():
     assert gradients[0, 0] == 0
 
 
+def of_capped(x):
+    stats = jaxent.token_stats(x, jnp.full(len(x), 7), softcap=30.0)
+    return stats.entropy, 30 * np.tanh(np.asarray(x, "float64") / 30)
+
+
+def of_width_one(x):
+    kernel = jnp.array([[0.1, 0.3, 1.1, 0.2]])
+    stats = jaxent.linear_token_stats(x[:, 7:8], kernel, jnp.full(len(x), 2))
+    return stats.entropy, np.asarray(x[:, 7:8], "float64") @ np.asarray(kernel, "float64")
+
+
+@pytest.mark.parametrize("of", [of_capped, of_width_one])
+def test_law_13_an_entropy_has_nothing_of_its_largest_class(of):
+    x = jnp.zeros((33, 5000)).at[:, 7].set(jnp.linspace(15, 48, 33))
+    found, z = of(x)
+    z -= z.max(-1, keepdims=True)
+    p = np.exp(z)
+    rest = np.where(p == 1, 0, p).sum(-1)
+    entropy = np.log1p(rest) - (p * z).sum(-1) / (1 + rest)
+    # A logit up to 53 is rounded as a product, and with its cap.
+    np.testing.assert_allclose(found, entropy, rtol=120 * eps("float32"))
+
+
+@pytest.mark.parametrize("num_classes", [3, 5000])
+def test_law_13_second_derivatives_of_an_entropy_keep_their_digits(num_classes):
+    x = np.zeros(num_classes)
+    x[:3] = 20, 0.3, -1.2
+
+    def plain(x):
+        log_p = jax.nn.log_softmax(x)
+        return -jnp.sum(jnp.exp(log_p) * log_p)
+
+    with jax.enable_x64(True):
+        expected = jax.jacfwd(jax.grad(plain))(jnp.asarray(x))[:3, :3]
+    hessian = jax.jacrev(jax.grad(lambda x: jaxent.token_stats(x, jnp.array(0)).entropy))
+    found = hessian(jnp.asarray(x, jnp.float32))[:3, :3]
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
 def test_law_13_a_capped_class_that_is_apart_in_a_chunk_has_its_mass_alone():
     hidden, kernel = jnp.linspace(4, 9, 16)[:, None], jnp.array([[6.3, 0.0]])
     z = 30 * np.tanh(np.asarray(hidden, "float64") @ np.asarray(kernel, "float64") / 30)

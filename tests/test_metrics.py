@@ -190,8 +190,12 @@ def test_an_uncounted_token_is_in_no_sum_even_when_nan_and_a_counted_nan_shows()
     bad = LOGITS.copy()
     bad[np.nonzero(TARGETS != -100)[0][0], np.nonzero(TARGETS != -100)[1][0]] = np.nan
     sums = TokenSums.from_logits(bad, TARGETS, top_k=2)
-    assert np.isnan([sums.loss, sums.perplexity, sums.entropy]).all()
-    assert sums.top_k_accuracy < 1
+    assert np.isnan([sums.loss, sums.entropy, sums.accuracy, sums.top_k_accuracy]).all()
+    out = TokenSums.from_logits(LOGITS, np.where(TARGETS == 3, 7, TARGETS), top_k=2)
+    assert np.isnan([out.loss, out.accuracy, out.top_k_accuracy]).all()
+    assert np.isfinite([out.entropy, out.squared_log_normalizer]).all()
+    found = Calibration.from_logits(LOGITS, np.where(TARGETS == 3, 7, TARGETS))
+    assert np.isnan(found.expected_calibration_error)
     assert np.isnan(Calibration.from_logits(bad, TARGETS).expected_calibration_error)
 
 
@@ -301,10 +305,66 @@ def test_it_is_a_metric_of_nnx_in_a_multi_metric():
     assert calibration.expected_calibration_error == found["calibration"]
     metrics.reset()
     assert metrics.tokens.sums.count == metrics.calibration.sums.reliability.count.sum() == 0
-    metrics.tokens.update(stats=jaxent.token_stats(LOGITS, TARGETS))
-    assert metrics.tokens.sums.count == (TARGETS != -100).sum()
-    with pytest.raises(TypeError, match=r"logits and targets \(or labels\) are needed"):
-        metrics.tokens.update(loss=1.0)
+    of_stats = Metric()
+    of_stats.update(stats=jaxent.token_stats(LOGITS, TARGETS))
+    assert of_stats.sums.count == (TARGETS != -100).sum()
+    assert "top_k_accuracy" in found["tokens"]
+    assert "top_k_accuracy" not in of_stats.compute()
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        (r"logits and targets \(or labels\) are needed, or stats", lambda: Metric().update(loss=1)),
+        ("statistics have no confidence", lambda: Metric(Calibration).update(stats=STATS)),
+        ("top_k is for logits", lambda: Metric(top_k=2).update(stats=STATS)),
+        ("did you mean ignore_index", lambda: Metric(ignore_indx=0)),
+        ("did you mean top_k", lambda: Metric(topk=2)),
+        ("num_bins is not known", lambda: Metric(num_bins=2)),
+        ("kind must be TokenSums or Calibration", lambda: Metric("calibration")),
+        (
+            "did you mean sample_weight",
+            lambda: Metric().update(logits=LOGITS, labels=TARGETS, sample_weights=1),
+        ),
+        ("stats must be a jaxent.TokenStats", lambda: TokenSums.from_stats((1, 2))),
+    ],
+)
+def test_a_misspelt_or_useless_name_is_an_error(message, call):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_sums_are_shown_and_added_by_python_and_shapes_that_differ_are_not():
+    sums = TokenSums.from_logits(jnp.zeros((2, 4)), jnp.array([0, 1]))
+    assert repr(sum([sums, sums])) == "TokenSums(loss=1.38629, accuracy=0.5, count=4)"
+    assert "num_bins=15" in repr(Calibration.empty())
+    stacked = jax.vmap(from_logits)(LOGITS, TARGETS)
+    assert repr(stacked) == "TokenSums(words=int32[16, 8, 42])"
+    for a, b in ((Calibration.empty(1), Calibration.empty()), (stacked, sums)):
+        with pytest.raises(ValueError, match="are not added"):
+            a + b
+    for unstacked in (sums, Calibration.empty()):
+        with pytest.raises(ValueError, match="nothing stacked to reduce"):
+            unstacked.reduce()
+    found = jax.vmap(Calibration.from_logits)(LOGITS, TARGETS).expected_calibration_error
+    one = Calibration.from_logits(LOGITS[3], TARGETS[3]).expected_calibration_error
+    np.testing.assert_allclose(found[3], one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 1.0}, {"logit_scale": 1e-20}, {"logit_scale": -2}])
+def test_the_first_of_one_is_the_prediction(options):
+    logits = np.float32([[100, 200], [200, 100], [1e-30, 2e-30]])
+    sums = TokenSums.from_logits(logits, [0, 0, 0], axis=-1, top_k=1, **options)
+    assert sums.top_k_accuracy == sums.accuracy
+    mask = np.array([False, True, True])
+    excluded = TokenSums.from_logits([[1.0, 2, 3]], [0], axis=-1, top_k=3, class_mask=mask)
+    assert excluded.top_k_accuracy == 0
+
+
+def test_the_nan_flag_finds_nothing_in_sums_without_nan():
+    with jax.debug_nans(True), jax.disable_jit():
+        sums = TokenSums.from_logits(LOGITS[0], TARGETS[0])
+        assert np.isfinite(float(sums.loss))
 
 
 def sum_of_rows(**options):
