@@ -199,6 +199,7 @@ def run(name, batches, held_out, folder):
         bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
         if checkpoints:
             save(checkpoints, model, optimizer, losses, last=len(losses) == total)
+    tqdm.write(f"{name}: evaluating on held-out files")
     loss, accuracy, entropy = map(float, evaluate(model, held_out))
     return {
         "losses": np.array(losses),

@@ -1,12 +1,16 @@
 """The documentation is built without a warning, and is whole: links, formulas, names."""
 
+import functools
 import html
 import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urljoin, urlparse
 
 import pytest
@@ -15,6 +19,7 @@ import jaxent
 
 ROOT = pathlib.Path(__file__).parent.parent
 HERE = "http://here/"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 ELSEWHERE = {"github.com"}  # reports of bugs, which are followed and not fetched
 NEEDED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
 
@@ -74,6 +79,29 @@ def test_no_formula_is_left_as_it_was_written(pages):
     for path, text in texts.items():
         prose = re.sub(r"<(code|script).*?</\1>", "", text, flags=re.DOTALL)
         assert not re.search(r"arithmatex|\$\$|\\[a-z]+\{|:math:|\.\. math", prose), path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_reports_no_error_on_any_page(pages):
+    folder, texts = pages
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://localhost:{server.server_address[1]}/"
+        for path in texts:
+            command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+            command += ["--enable-logging=stderr", root + path.removesuffix("index.html")]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            assert "</article>" in result.stdout or path == "404.html", path
+            wrong = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+            assert not wrong, (path, wrong)
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def test_nothing_is_fetched_by_a_stylesheet(pages):
