@@ -259,7 +259,8 @@ def draw(naive, linear, path):
         right.barh(row, result["memory"] / 1e6, color=colour, height=0.5)
         right.text(0, row - 0.32, label, color=colour, weight="bold")
         right.text(result["memory"] / 1e6, row, f"  {result['memory'] / 1e6:.0f} MB", va="center")
-    left.set(xlabel="step", ylabel="training loss, nats per token")
+    lowest = min(linear["losses"].min() - 0.3, uniform - 1.5)  # the labels have room, too
+    left.set(xlabel="step", ylabel="training loss, nats per token", ylim=(lowest, uniform + 0.6))
     difference = np.max(abs(naive["losses"] - linear["losses"]))
     digits = np.format_float_positional(difference, precision=2, fractional=False)
     left.set_title(f"The two loss curves are one\nto within {digits} nats")
