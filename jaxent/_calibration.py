@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, Self, Unpack
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from ._arguments import (
     ArrayOrList,
@@ -145,7 +146,7 @@ class Calibration(Sums):
 
     def __repr__(self) -> str:
         """Say what the sums are, and not their digits."""
-        if isinstance(self.words, jax.core.Tracer) or self.words.ndim != 3:
+        if isinstance(self.words, Tracer) or self.words.ndim != 3:
             return f"Calibration(words={self.words.dtype}{list(self.words.shape)})"
         error, bins = self.expected_calibration_error, self.words.shape[0]
         return f"Calibration(expected_calibration_error={error:.6g}, num_bins={bins})"

@@ -139,7 +139,9 @@ class Sums:
 
     def __radd__(self, other: int) -> Self:
         """Return the sums themselves, so that `sum` adds them, which begins with 0."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+        if not isinstance(other, int) or other != 0:
+            return NotImplemented
+        return self
 
     def merge(self, other: Self) -> Self:
         """Return `self + other`, by CLU's and metrax's name."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ._arguments import (
@@ -189,7 +190,7 @@ class TokenSums(Sums):
 
     def __repr__(self) -> str:
         """Say what the sums are, and not their digits."""
-        if isinstance(self.words, jax.core.Tracer) or self.words.ndim != 2:
+        if isinstance(self.words, Tracer) or self.words.ndim != 2:
             return f"TokenSums(words={self.words.dtype}{list(self.words.shape)})"
         return (
             f"TokenSums(loss={self.loss:.6g}, accuracy={self.accuracy:.6g}, count={self.count:g})"

@@ -511,7 +511,7 @@ def _masked_moment(
     moments: Callable[..., Array],
     x: Array,
     class_mask: Any,
-    shift: Array,
+    shift: Any,
     transform: Any,
     apart: Array,
 ) -> Array:
@@ -525,7 +525,7 @@ def moment_of_others(
     moments: Callable[..., Array],
     x: Array,
     class_mask: Any,
-    shift: Array,
+    shift: Any,
     transform: Any,
     apart: Array,
 ) -> Array:
