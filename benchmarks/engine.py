@@ -189,8 +189,6 @@ def save(saved: dict, path: pathlib.Path) -> None:
 
 
 OURS = "#0b3d91"  # jaxent's colour in every chart
-
-
 OTHER = "#d55e00"
 
 

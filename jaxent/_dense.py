@@ -171,7 +171,6 @@ def set_sums(
     target: Any = index[1]
     left: Any = None
     others: Any = None
-    centred: Any = None
     if shift is not None:
         form = form or _form(axis, (x, mass, None), False)
         # Exponentials that both sums take would be kept: 8 MB of a head's chunk.
@@ -187,12 +186,11 @@ def set_sums(
     if target is not None:
         logit = centre_at(transform, x, shift, class_mask, target, axis)
         sums = sums._replace(target=jnp.where(_xla.is_inside(target, axis, x), logit, 0))
-    if mass is not None:
-        centred = centre(transform, x, shift, class_mask)
     if moment and apart is not None:
         arguments = x, class_mask, shift, transform, apart
         sums = sums._replace(moment=_xla.moment_of_others(axis, _moments, *arguments))
     if mass is not None:
+        centred = centre(transform, x, shift, class_mask)
         q = without_infinite_derivative(mass.values(class_mask), centred)
         sums = sums._replace(
             mass=_xla.sum_classes(axis, q), mass_logit=_xla.sum_classes(axis, product(q, centred))
@@ -213,7 +211,7 @@ def set_sums(
 def _moments(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
     """Return exp(z - shift) * (z - shift), 0 where z is -inf, which a select would make slower.
 
-    The exponential is 0 from far above the floor on, which is small enough to be multiplied.
+    Below the floor the exponential is 0, and the floor can be multiplied without overflow.
     """
     centred = centre(transform, x, shift, class_mask)
     floor = -2 * np.log(jnp.finfo(centred.dtype).max)  # -177 in float32, of exponentials above -104

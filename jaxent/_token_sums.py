@@ -35,7 +35,8 @@ from ._reduction import TokenStats
 from ._rows import Transform
 from ._sparse import SparseTargets
 from ._stats import token_stats
-from ._xla import class_numbers, take_class
+from ._targets import class_table
+from ._xla import class_numbers, is_inside, take_class
 
 
 class StatsKeywords(TypedDict, total=False):
@@ -308,8 +309,7 @@ def _top_k_correct(
         raise ValueError("top_k is for class indices: of class probabilities none is the target")
     axis = read_class_axis(keywords.get("axis"), x, y, "logits")
     mask = read_class_mask(keywords.get("class_mask"), x.shape, axis, "logits")
-    if mask is not None and mask.shape == (x.shape[axis],):
-        mask = mask.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    mask = class_table(mask, x.shape, axis)
     scale = read_logit_scale(keywords.get("logit_scale", 1.0))
     options = axis, min(top_k, x.shape[axis]), read_softcap(keywords.get("softcap"))
     return _is_in_top_k(options, x, y, mask, scale, stats.log_prob)
@@ -330,7 +330,7 @@ def _is_in_top_k(
     if mask is not None:
         x = jnp.where(mask, x, -jnp.inf)
     index = jnp.expand_dims(y, axis)
-    index = jnp.where((index >= 0) & (index < x.shape[axis]), index, -1)
+    index = jnp.where(is_inside(index, axis, x), index, -1)
     of_target = take_class((x,), index, axis)
     is_before = (x > of_target) | ((x == of_target) & (class_numbers(x, axis) < index))
     return (jnp.sum(is_before, axis, dtype=jnp.int32) < k) & jnp.isfinite(log_prob)

@@ -485,9 +485,7 @@ def apart_and_others(
     ) -> tuple[Array, Array]:
         blocks, masks = _hidden_blocks(x), _hidden_blocks(class_mask)
         shift = shift.reshape(-1, 1)
-        which, inside = _in_block(apart.reshape(-1, 1), blocks)
-        block = _take_block(blocks, which), _take_block(masks, which)
-        values, mask = _hidden(block)
+        which, inside, values, mask = _block_apart(apart, blocks, masks)
         centred = centre(transform, values, shift, mask)
         left = sum_classes(-1, jnp.where(one_hot(inside, values, -1), centred, 0))
         mask = others_mask(inside, values, -1, mask)
@@ -547,8 +545,7 @@ def moment_of_others(
         masks = None if class_mask is None else _blocks(class_mask)
         blocks, masks, shift = _hidden((_blocks(x), masks, shift))
         shift = shift.reshape(-1, 1)
-        which, inside = _in_block(apart.reshape(-1, 1), blocks)
-        values, mask = _hidden((_take_block(blocks, which), _take_block(masks, which)))
+        which, inside, values, mask = _block_apart(apart, blocks, masks)
         again = moments(transform, values, shift, others_mask(inside, values, -1, mask))
         terms = moments(transform, blocks, shift[..., None], masks)
         return _put_together(terms, which, again, x)
@@ -571,6 +568,13 @@ def _in_block(apart: Array, blocks: Array) -> tuple[Array, Array]:
     """Which block has the class apart, and where it is in there; -1 for none."""
     which = jnp.clip(apart, 0) // blocks.shape[2]
     return which, jnp.where(apart < 0, -1, apart - which * blocks.shape[2])
+
+
+def _block_apart(apart: Array, blocks: Array, masks: Any) -> tuple[Array, Array, Array, Any]:
+    """Return `_in_block` of the class apart, and that block with its mask."""
+    which, inside = _in_block(apart.reshape(-1, 1), blocks)
+    values, mask = _hidden((_take_block(blocks, which), _take_block(masks, which)))
+    return which, inside, values, mask
 
 
 def _put_together(blocks: Array, which: Array, again: Array, x: Array) -> Array:

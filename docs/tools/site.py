@@ -4,6 +4,7 @@ MkDocs calls the functions `on_...`. Nothing is run or imported of jaxent: its s
 """
 
 import ast
+import functools
 import html
 import json
 import pathlib
@@ -40,8 +41,8 @@ COPIED = {
     "changes.md": "CHANGELOG.md",
     "evidence/benchmarks.md": "benchmarks/README.md",
 }
-# A link that stands for code: [examples/digits.py: `Network`, `evaluate`](../../examples/digits.py)
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+# A link that stands for code: [examples/digits.py: `Network`, `evaluate`](../../examples/digits.py)
 CODE = re.compile(r"^\[(\S+\.py): (.*?)\]\(.*\)$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s:#]+)(#[^)]*)?\)")
 TYPES = """## Types
@@ -143,6 +144,7 @@ def mathml(match: re.Match[str]) -> str:
     return FUNCTION.sub(r'\1<mspace width="0.167em" />', rendered)
 
 
+@functools.cache
 def public_names() -> list[str]:
     """Return what `jaxent.__all__` has."""
     tree = ast.parse((ROOT / "jaxent" / "__init__.py").read_text())
