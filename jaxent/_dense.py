@@ -118,11 +118,11 @@ def keeps_mass_apart(shift: Any, mass: TargetMass | None, places: Places | None)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _row_sums(axis: int, moment: bool, *arguments: Any) -> Any:
-    return _packed_sums(axis, moment, _form(axis, arguments, False), *arguments)
+    return _packed_sums(axis, moment, _form(axis, moment, arguments, False), *arguments)
 
 
 def _row_sums_fwd(axis: int, moment: bool, *arguments: Any) -> tuple[Any, Any]:
-    packed = _packed_sums(axis, moment, _form(axis, arguments, True), *arguments)
+    packed = _packed_sums(axis, moment, _form(axis, moment, arguments, True), *arguments)
     return packed, arguments
 
 
@@ -139,11 +139,11 @@ def _packed_sums(axis: int, moment: bool, form: str, x: Array, *rest: Any) -> An
     return _xla.packed(sums, axis)
 
 
-def _form(axis: int, arguments: Any, with_gradient: bool) -> str:
+def _form(axis: int, moment: bool, arguments: Any, with_gradient: bool) -> str:
     """How a CPU sums up the exponentials."""
     x, *_, mass, _ = arguments
     may_keep = with_gradient and mass is None
-    return _xla.sum_form(axis, x, may_keep, mass is not None, _is_smoothing(mass))
+    return _xla.sum_form(axis, x, may_keep, mass is not None, _is_smoothing(mass), moment)
 
 
 def _is_smoothing(mass: TargetMass | None) -> bool:
@@ -172,9 +172,7 @@ def set_sums(
     left: Any = None
     others: Any = None
     if shift is not None:
-        form = form or _form(axis, (x, mass, None), False)
-        # Exponentials that both sums take would be kept: 8 MB of a head's chunk.
-        form = "masked" if moment and form == "products" else form
+        form = form or _form(axis, moment, (x, mass, None), False)
         functions = centre, centre_at, exponentials
         left, others = _xla.apart_and_others(
             axis, form, functions, x, class_mask, shift, transform, apart
@@ -190,11 +188,10 @@ def set_sums(
         arguments = x, class_mask, shift, transform, apart
         sums = sums._replace(moment=_xla.moment_of_others(axis, _moments, *arguments))
     if mass is not None:
-        centred = centre(transform, x, shift, class_mask)
-        q = without_infinite_derivative(mass.values(class_mask), centred)
-        sums = sums._replace(
-            mass=_xla.sum_classes(axis, q), mass_logit=_xla.sum_classes(axis, product(q, centred))
-        )
+        q = mass.values(class_mask)
+        arguments = x, class_mask, shift, transform, q
+        mass_sum, mass_logit = _xla.mass_sums(axis, _mass_terms, centre, *arguments)
+        sums = sums._replace(mass=mass_sum, mass_logit=mass_logit)
         if keeps_mass_apart(shift, mass, places) and apart is not None:
             left_mass = mass.at(apart, axis, class_mask).astype(q.dtype)
             left_mass = jnp.where(_xla.is_inside(apart, axis, x), left_mass, 0)
@@ -206,6 +203,15 @@ def set_sums(
     if places is not None:
         sums = add_places(sums, axis, transform, x, shift, class_mask, apart, places)
     return sums
+
+
+def _mass_terms(
+    x: Array, class_mask: Any, shift: Any, transform: Transform, q: Array
+) -> tuple[Array, Array]:
+    """Return the target mass of the logits' shape, and q * (z - shift)."""
+    centred = centre(transform, x, shift, class_mask)
+    q = without_infinite_derivative(q, centred)
+    return q, product(q, centred)
 
 
 def _moments(transform: Transform, x: Array, shift: Any, class_mask: Any) -> Array:
@@ -233,7 +239,7 @@ def _in_one_loop(
     apart, target = index
     centred = centre(transform, x, shift, class_mask)
     is_apart: Any = None if apart is None else _xla.one_hot(apart, x, axis)
-    taken_out = _form(axis, (x, mass, None), False) == "taken out"
+    taken_out = _form(axis, moment, (x, mass, None), False) == "taken out"
     exps: Any = None
     if shift is not None:
         exps = exponentials(transform, x, shift, class_mask)
@@ -270,15 +276,15 @@ def _in_one_loop(
 
 def _row_sums_bwd(axis: int, moment: bool, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
     x, transform, shift, class_mask, index, mass, places = arguments
-    x = _xla.computed_again(
-        axis, x, mass is not None, _is_smoothing(mass), not transform.is_identity
+    x, shift = _xla.computed_again(
+        axis, x, class_mask, shift, transform, mass is not None, _is_smoothing(mass)
     )
     cotangents = _unpacked(axis, moment, arguments, _xla.once_per_row(cotangents))
     q: Any = None
     pull: Any = None
     if mass is not None:
         q, pull = jax.vjp(lambda mass: mass.values(class_mask), mass)
-    masked = _form(axis, arguments, True) == "masked"
+    masked = _form(axis, moment, arguments, True) == "masked"
     gradients = row_gradients(
         axis, transform, x, shift, class_mask, index, q, cotangents, x.dtype, places, masked
     )
