@@ -3,7 +3,8 @@
 Every side computes the same mean loss of the same logits, plain or with class weights, label
 smoothing and ignored targets. A peer whose loss, in float64, is not within 4 eps of float32 of the
 right one does not count as one (PyTorch's rounding of its result to half precision is forgiven);
-it is named in the last column.
+it is named in the last column. "By hand" is no peer: it is the smallest program of jaxent's
+meaning, where there are no options, with a gradient written by hand.
 """
 
 import itertools
@@ -68,14 +69,16 @@ def rows(options):
         row = Row(case, {})
         if options.only in row.name:
             logits, targets, chosen = draw(shape, axis, dtype, how)
-            sides = [side for side in SIDES if side != "torch" or torch]
+            absent = {"torch": not torch, "by hand": how != "plain"}
+            sides = [side for side in SIDES if not absent.get(side)]
             runs = {s: runner(s, logits, targets, axis, chosen, PASSES[of]) for s in sides}
             row.values = interleaved(runs, options.reps)
             right = exact(logits, targets, axis, chosen)
             found = {s: runs[s]() for s in sides if number(row.values[s])}
             losses = {s: x[0] if PASSES[of] else x for s, x in found.items()}
             inexact = [s for s, x in losses.items() if not is_exact(s, x, right, dtype)]
-            peers = [number(row.values[s]) for s in losses if s not in ("jaxent", *inexact)]
+            no_peers = ("jaxent", "by hand", *inexact)
+            peers = [number(row.values[s]) for s in losses if s not in no_peers]
             row.score, row.bound = number(row.values["jaxent"]) / min(peers), 1.05
             row.notes = f"inexact: {', '.join(inexact)}" if inexact else ""
             yield row
