@@ -1,4 +1,4 @@
-"""What each workaround of `jaxent/_xla.py` is for: a bound that breaks without it.
+"""What each workaround of `jaxent/_xla/` is for: a bound that breaks without it.
 
 No bound is a time. Each is compared with the plain form's number, on the newest JAX: where a test
 fails because nothing breaks any more, its workaround is to be taken out. Those that an older
@@ -195,5 +195,5 @@ def test_a_switch_is_of_a_name_and_ends_with_its_context():
     with pytest.raises(ValueError, match="none of"), _xla.without("nothing"):
         pass
     with _xla.without("row_max"):
-        assert _xla._switched_off == {"row_max"}
-    assert not _xla._switched_off
+        assert _xla.SWITCHED_OFF == {"row_max"}
+    assert not _xla.SWITCHED_OFF

@@ -97,7 +97,7 @@ def page_of(target: str, text: str) -> str | None:
     copied = {source: name for name, source in COPIED.items()}
     if target == "docs/api/README.md" and text in public_names():
         return f"api/{text}.md"
-    if target == "jaxent/_xla.py":
+    if target == "jaxent/_xla/__init__.py":
         return "design/workarounds.md"
     if target.startswith("benchmarks/results/"):
         return f"evidence/{posixpath.splitext(posixpath.basename(target))[0]}.md"
@@ -192,24 +192,26 @@ def api_index(text: str) -> str:
 
 
 def workarounds() -> str:
-    """Return a page of the docstrings in `_xla.py`, under the headings of its comments."""
-    source = (ROOT / "jaxent" / "_xla.py").read_text()
-    tree = ast.parse(source)
-    headings = [
-        (source.count("\n", 0, match.start(1)) + 1, match[1])
-        for match in re.finditer(r"(?<=\n\n)# (.*)\.\n(?=\n)", source)
-    ]
-    text, last = ["# Workarounds", markdown(ast.get_docstring(tree) or "")], ""
-    for node in tree.body:
-        if not isinstance(node, ast.FunctionDef) or not is_workaround(node):
-            continue
-        *_, heading = ("", *(title for line, title in headings if line < node.lineno))
-        if heading != last:
-            text.append(f"## {heading}")
-            last = heading
-        text.append(f"### `{node.name}`")
-        text.append(markdown(ast.get_docstring(node) or ""))
+    """Return a page of the docstrings in `_xla/`, under those of its files."""
+    folder = ROOT / "jaxent" / "_xla"
+    text = ["# Workarounds", docstring_of(folder / "__init__.py")]
+    for path in sorted(folder.glob("[!_]*.py")):
+        found = [
+            node
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef) and is_workaround(node)
+        ]
+        if found:
+            text.append(f"## {docstring_of(path).partition(':')[0].rstrip('.')}")
+        for node in found:
+            text.append(f"### `{node.name}`")
+            text.append(markdown(ast.get_docstring(node) or ""))
     return "\n\n".join(text) + "\n"
+
+
+def docstring_of(path: pathlib.Path) -> str:
+    """Return a module's docstring as Markdown."""
+    return markdown(ast.get_docstring(ast.parse(path.read_text())) or "")
 
 
 def is_workaround(node: ast.FunctionDef) -> bool:

@@ -1,0 +1,72 @@
+"""What XLA and JAX made us write otherwise, whole: each place a function that says why.
+
+The rest of the library reads as if the compiler were perfect. A docstring here says what happens
+without the function, where that was seen, and what the function costs. Each has a plain form,
+which `without(name)` takes instead: `tests/test_workarounds.py` shows what then breaks, on the
+newest JAX, and a workaround without which nothing breaks is to be taken out.
+
+CPU means XLA's CPU compiler. Others (GPU, TPU) get the formula unless a function says otherwise.
+"""
+
+from .blocks import row_max
+from .classes import (
+    add_at_class,
+    class_numbers,
+    gather_class,
+    is_inside,
+    is_last,
+    one_hot,
+    put_at_class,
+    splits_alike,
+    sum_classes,
+    take_class,
+    zeros_like,
+)
+from .heads import (
+    add_slice,
+    is_widened_on_cpu,
+    scatter_slice,
+    slice_of_bits,
+    take_slice,
+    with_cpu_plan,
+)
+from .kept import computed_again, once_per_row, packed, rounded, sums_of, unpacked
+from .one_loop import in_one_loop, sum_at_once
+from .registry import SWITCHED_OFF, WORKAROUNDS, without
+from .sums import apart_and_others, mass_sums, moment_of_others, sum_form
+
+__all__ = [
+    "SWITCHED_OFF",
+    "WORKAROUNDS",
+    "add_at_class",
+    "add_slice",
+    "apart_and_others",
+    "class_numbers",
+    "computed_again",
+    "gather_class",
+    "in_one_loop",
+    "is_inside",
+    "is_last",
+    "is_widened_on_cpu",
+    "mass_sums",
+    "moment_of_others",
+    "once_per_row",
+    "one_hot",
+    "packed",
+    "put_at_class",
+    "rounded",
+    "row_max",
+    "scatter_slice",
+    "slice_of_bits",
+    "splits_alike",
+    "sum_at_once",
+    "sum_classes",
+    "sum_form",
+    "sums_of",
+    "take_class",
+    "take_slice",
+    "unpacked",
+    "with_cpu_plan",
+    "without",
+    "zeros_like",
+]
