@@ -20,8 +20,7 @@ from ._arguments import (
 )
 from ._calls import compiled
 from ._exact_sums import DIGITS, WORDS, Sums, numpy_of, ratio, read, total_of
-from ._stats import token_stats
-from ._token_sums import (
+from ._metric_inputs import (
     OF_STATS,
     OUTPUTS,
     StatsKeywords,
@@ -33,6 +32,7 @@ from ._token_sums import (
     taken,
     with_mask,
 )
+from ._stats import token_stats
 
 
 class Reliability(NamedTuple):

@@ -1,24 +1,18 @@
 """What sums over tokens say: loss, perplexity, accuracy."""
 
 import dataclasses
-import difflib
-import math
-import operator
-from collections.abc import Iterable
-from typing import Any, ClassVar, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from ._arguments import (
     ArrayOrList,
     TargetsLike,
     is_of_all_classes,
-    read_array,
     read_class_axis,
     read_class_mask,
     read_logit_scale,
@@ -27,9 +21,20 @@ from ._arguments import (
     read_softcap,
     read_targets,
 )
-from ._axes import AxisName
 from ._calls import compiled
-from ._exact_sums import DIGITS, MOST_TERMS, WORDS, Sums, numpy_of, ratio, read, total_of
+from ._exact_sums import DIGITS, WORDS, Sums, numpy_of, ratio, read, total_of
+from ._metric_inputs import (
+    OF_STATS,
+    OUTPUTS,
+    StatsKeywords,
+    check_names,
+    check_size,
+    logits_and_targets,
+    read_like,
+    read_positive,
+    taken,
+    with_mask,
+)
 from ._numerics import compute_dtype
 from ._reduction import TokenStats
 from ._rows import Transform
@@ -37,21 +42,6 @@ from ._sparse import SparseTargets
 from ._stats import token_stats
 from ._targets import class_table
 from ._xla import class_numbers, is_inside, take_class
-
-
-class StatsKeywords(TypedDict, total=False):
-    """The keywords of `jaxent.token_stats`."""
-
-    ignore_index: int | None
-    axis: int | None
-    class_mask: ArrayOrList | None
-    logit_scale: ArrayLike
-    softcap: float | None
-    class_axis_name: AxisName
-
-
-OF_STATS = tuple(StatsKeywords.__annotations__)
-OUTPUTS = ("logits", "targets", "labels", "sample_weight", "mask")
 
 
 @jax.tree_util.register_dataclass
@@ -334,67 +324,3 @@ def _is_in_top_k(
     of_target = take_class((x,), index, axis)
     is_before = (x > of_target) | ((x == of_target) & (class_numbers(x, axis) < index))
     return (jnp.sum(is_before, axis, dtype=jnp.int32) < k) & jnp.isfinite(log_prob)
-
-
-def read_positive(name: str, value: Any) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return number
-
-
-def check_size(shape: tuple[int, ...]) -> None:
-    if (size := math.prod(shape)) > MOST_TERMS:
-        raise ValueError(
-            f"tokens are {list(shape)}: {size} are more than the {MOST_TERMS} that one call adds "
-            "exactly; add parts of them"
-        )
-
-
-def read_like(name: str, value: Any, shape: tuple[int, ...]) -> Any:
-    array = read_array(name, value)
-    got = array.shape
-    if got and (len(got) != len(shape) or any(a not in (1, b) for a, b in zip(got, shape))):
-        hint = "; of a table (C,), pass its entries at the targets" if name == "num_bytes" else ""
-        raise ValueError(
-            f"{name} is {list(got)}: it must be a scalar, or broadcast to the tokens' "
-            f"{list(shape)}, with as many dimensions{hint}"
-        )
-    return array
-
-
-def with_mask(outputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the outputs, the mask of `nnx.MultiMetric.update` being a weight."""
-    mask, weight = outputs.get("mask"), outputs.get("sample_weight")
-    if mask is None:
-        return outputs
-    return {
-        **outputs,
-        "sample_weight": mask if weight is None else jnp.asarray(weight) * jnp.asarray(mask),
-    }
-
-
-def logits_and_targets(outputs: dict[str, Any], otherwise: str = "") -> tuple[Any, Any]:
-    targets = outputs.get("targets")
-    targets = outputs.get("labels") if targets is None else targets
-    if outputs.get("logits") is None or targets is None:
-        raise TypeError(
-            f"logits and targets (or labels) are needed{otherwise}, got {', '.join(outputs)}"
-        )
-    return outputs["logits"], targets
-
-
-def check_names(given: Iterable[str], known: tuple[str, ...], only: bool = False) -> None:
-    """Raise where a name is misspelt; where `only` these are known, where it is another one."""
-    for name in given:
-        like = difflib.get_close_matches(name, known, 1, 0.8)
-        if name not in known and (only or like):
-            hint = f"did you mean {like[0]}?" if like else f"it may be {', '.join(known)}"
-            raise TypeError(f"{name} is not known; {hint}")
-
-
-def taken(outputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: outputs[name] for name in names if name in outputs}

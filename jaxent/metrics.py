@@ -24,7 +24,8 @@ from flax import nnx
 from flax.nnx.training.metrics import MetricState
 
 from ._calibration import Calibration, Reliability, fit_temperature
-from ._token_sums import TokenSums, check_names, taken
+from ._metric_inputs import check_names, taken
+from ._token_sums import TokenSums
 
 __all__ = ["Calibration", "Metric", "Reliability", "TokenSums", "fit_temperature"]
 

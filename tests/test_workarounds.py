@@ -195,5 +195,5 @@ def test_a_switch_is_of_a_name_and_ends_with_its_context():
     with pytest.raises(ValueError, match="none of"), _xla.without("nothing"):
         pass
     with _xla.without("row_max"):
-        assert _xla.SWITCHED_OFF == {"row_max"}
+        assert {"row_max"} == _xla.SWITCHED_OFF
     assert not _xla.SWITCHED_OFF
