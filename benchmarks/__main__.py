@@ -36,7 +36,7 @@ QUESTIONS = (
 # Read by JAX, and by PyTorch's OpenMP, whose threads otherwise spin into the turn of the next side.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 # XLA says into the table that folding a constant takes long, of optax's scatter.
-QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+SILENT = {"TF_CPP_MIN_LOG_LEVEL": "3"}
 ENVIRONMENT = {
     "dense_compiled": {"JAX_PLATFORMS": "cpu"},
     "head_speed": {"JAX_PLATFORMS": "cpu"} | QUIET,
@@ -78,7 +78,7 @@ def main():
         command = [sys.executable, "-m", "benchmarks", name, "--here", "--reps", str(options.reps)]
         command += ["--only", options.only] if options.only else []
         command += ["--out", str(options.out)] if options.out else []
-        environment = QUIET | ENVIRONMENT.get(name, {}) | os.environ
+        environment = SILENT | ENVIRONMENT.get(name, {}) | os.environ
         subprocess.run(command, check=True, env=environment, cwd=HERE.parent)
     draw(options)
 
