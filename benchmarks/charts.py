@@ -94,7 +94,7 @@ CHARTS = {  # the picture's name: of which question, and how
             "ticks": {x: f"{x:g}" for x in (0.25, 0.5, 1, 2, 4)},
             "relative_to": "optax on float32",
             "limit": 1,
-            "without": ("reference",),
+            "without": ("reference", "by hand"),
         },
     ),
     "memory": (

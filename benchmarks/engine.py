@@ -206,6 +206,7 @@ def chart(
 ) -> None:
     """Draw a dot of jaxent's, one of the best other side's, and small ones of the rest, by row.
 
+    A side that the row's notes call inexact is among the rest.
     `name` is what a row of a case is called, None leaves it out. `relative_to` divides values by
     one side's, which is at 1; `limit` is a line. `without` are sides that have no dots, and `least`
     is where a smaller value is drawn.
@@ -224,7 +225,10 @@ def chart(
         values = {side: number(row["values"].get(side)) for side in saved["sides"]}
         values = {k: max(v / base, least) for k, v in values.items() if v and k not in without}
         ours = values.pop("jaxent")
-        best = min(values, key=values.__getitem__)
+        exact = {
+            side for side in values if side not in row["notes"].split("inexact: ")[-1].split(", ")
+        }
+        best = min(exact or values, key=values.__getitem__)
         axes.plot([ours, values[best]], [place, place], color="0.8", lw=2, zorder=1)
         axes.plot([*values.values()], [place] * len(values), "o", color="0.75", ms=4, zorder=2)
         axes.plot(values[best], place, "o", color=OTHER, ms=7, zorder=3)
@@ -250,9 +254,10 @@ def chart(
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel(label)
+    that_is = " that is exact" if any("inexact" in row["notes"] for row in rows) else ""
     for color, size, what in (
         (OURS, 7, "jaxent"),
-        (OTHER, 7, "the best other, named on the right"),
+        (OTHER, 7, f"the best other{that_is}, named on the right"),
         ("0.75", 4, "the rest"),
     ):
         axes.plot([], [], "o", color=color, ms=size, label=what)
