@@ -73,6 +73,15 @@ def test_verl_7200_no_partition_into_micro_batches_changes_the_mean(parts):
     close(total / by, jaxent.cross_entropy(LOGITS, TARGETS))
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_verl_2656_log_probabilities_of_the_head_are_those_of_its_logits(scale):
+    keywords = {"logit_scale": scale}
+    of_head = jaxent.linear_token_stats(HIDDEN, KERNEL, TARGETS, chunk_size=4, **keywords)
+    of_logits = jaxent.token_stats(LOGITS, TARGETS, **keywords)
+    assert jnp.all(of_head.log_prob <= 0)
+    close((of_head.log_prob, of_head.entropy), (of_logits.log_prob, of_logits.entropy))
+
+
 def test_transformers_18297_the_mean_of_devices_is_not_the_mean_of_their_means():
     x, y = LOGITS.reshape(4, 2, 10), TARGETS.reshape(4, 2)
     means = jax.vmap(lambda x, y: jaxent.cross_entropy(x, y, axis_name="i"), axis_name="i")(x, y)
@@ -132,3 +141,12 @@ def test_ml_cross_entropy_59_a_target_of_another_shard_is_no_column_of_padding()
     mask = (jnp.arange(12) < 10).reshape(3, 4)
     found = jax.vmap(of_shard, in_axes=(1, 0), axis_name="i")(padded, mask)
     close(found, jnp.full(3, jaxent.cross_entropy(LOGITS, TARGETS)))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 4}])
+def test_ml_cross_entropy_52_a_bias_is_added_to_the_logits(options):
+    bias = 10 * jnp.asarray(RANDOM.normal(size=10), jnp.float32)
+    keywords = {"bias": bias, "reduction": "none"} | options
+    losses = jaxent.linear_cross_entropy(HIDDEN, KERNEL, TARGETS, **keywords)
+    assert jnp.all(losses >= 0)
+    close(losses, jaxent.cross_entropy(LOGITS + bias, TARGETS, reduction="none"))
