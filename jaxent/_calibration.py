@@ -205,7 +205,8 @@ def fit_temperature(
       loss: the loss of a held-out set as a function of `logit_scale`, of any that has it:
         `lambda scale: jaxent.cross_entropy(logits, targets, logit_scale=scale)`.
       solver: an Optax solver that is called as `optax.lbfgs()`, the default, is.
-      max_steps: at most so many steps; fewer where the derivative is below 1e-6.
+      max_steps: at most so many steps; fewer where the derivative by :math:`\log T` is a few
+        roundings of the loss.
 
     Returns:
       The temperature, a scalar: float32, float64 with x64 enabled; NaN where the loss is.
@@ -213,6 +214,7 @@ def fit_temperature(
 
     Raises:
       ImportError: there is no Optax, and no `solver` is given.
+      TypeError: `loss` returns no scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -247,11 +249,16 @@ def fit_temperature(
         return number + 1, log_scale, *jax.value_and_grad(of_log)(log_scale), memory
 
     def goes_on(state: Any) -> Array:
-        number, _, _, slope, _ = state
-        more: Array = (number < max_steps) & (jnp.abs(slope) > 1e-6)
+        number, _, value, slope, _ = state
+        least = 32 * jnp.finfo(slope.dtype).eps * jnp.abs(value)
+        more: Array = (number < max_steps) & (jnp.abs(slope) > least)
         return more
 
     start = jnp.zeros((), jnp.result_type(float))
+    shapes = [list(x.shape) for x in jax.tree.leaves(jax.eval_shape(of_log, start))]
+    if shapes != [[]]:
+        got = " and ".join(map(str, shapes))
+        raise TypeError(f"loss must return a scalar, got arrays of {got}: give it a reduction")
     first = jnp.asarray(0), start, *jax.value_and_grad(of_log)(start), solver.init(start)
     _, log_scale, value, _, _ = jax.lax.while_loop(goes_on, step, first)
     temperature: Array = jnp.where(jnp.isnan(value), value, jnp.exp(-log_scale))

@@ -477,6 +477,26 @@ def test_another_solver_fits_the_temperature_and_a_nan_shows():
     assert np.isnan(fit_temperature(lambda scale: loss(scale) + jnp.nan))
 
 
+@pytest.mark.parametrize("factor", [1e-9, 1.0, 1e6])
+def test_the_temperature_is_that_of_any_multiple_of_the_loss(factor):
+    logits = jnp.array([[8.0, 0.0]] * 4)
+
+    def loss(scale):
+        targets = jnp.array([0, 0, 0, 1])
+        return factor * jaxent.cross_entropy(logits, targets, logit_scale=scale)
+
+    np.testing.assert_allclose(fit_temperature(loss), 8 / np.log(3), rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"return_stats": True}])
+def test_the_temperature_is_that_of_a_scalar(options):
+    def loss(scale):
+        return jaxent.cross_entropy(LOGITS, TARGETS, logit_scale=scale, **options)
+
+    with pytest.raises(TypeError, match="loss must return a scalar, got arrays of"):
+        fit_temperature(loss)
+
+
 # Wrong calls
 
 
