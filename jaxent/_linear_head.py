@@ -8,6 +8,7 @@ logits = self.head(hidden[:, -1])       # in generation
 ```
 """
 
+import inspect
 from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
@@ -67,6 +68,11 @@ class LinearHead(nnx.Linear):
         rngs: nnx.Rngs,
         **keywords: Any,
     ) -> None:
+        layers = inspect.signature(nnx.Linear).parameters
+        for name in LinearCrossEntropyKeywords.__annotations__.keys() & keywords.keys() - layers:
+            raise TypeError(
+                f"{name} is the loss's: pass criterion=jaxent.LinearCrossEntropyLoss({name}=...)"
+            )
         super().__init__(in_features, out_features, rngs=rngs, **keywords)
         read_dot_general(self.dot_general)
         criterion = LinearCrossEntropyLoss() if criterion is None else criterion

@@ -223,3 +223,9 @@ def test_criterion_of_another_kind_is_refused():
     for criterion in (jaxent.CrossEntropyLoss(), jaxent.LinearCrossEntropyLoss(class_axis=0)):
         with pytest.raises(ValueError, match="criterion must be a jaxent"):
             jaxent.LinearHead(4, 11, criterion=criterion, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "ignore_index", "softcap", "chunk_size"])
+def test_an_option_of_the_loss_is_the_criterions(name):
+    with pytest.raises(TypeError, match=rf"criterion=jaxent.LinearCrossEntropyLoss\({name}"):
+        jaxent.LinearHead(4, 11, rngs=nnx.Rngs(0), **{name: 1})
