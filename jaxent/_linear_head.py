@@ -68,7 +68,7 @@ class LinearHead(nnx.Linear):
         rngs: nnx.Rngs,
         **keywords: Any,
     ) -> None:
-        layers = inspect.signature(nnx.Linear).parameters
+        layers = inspect.signature(nnx.Linear.__init__).parameters
         for name in LinearCrossEntropyKeywords.__annotations__.keys() & keywords.keys() - layers:
             raise TypeError(
                 f"{name} is the loss's: pass criterion=jaxent.LinearCrossEntropyLoss({name}=...)"
