@@ -80,7 +80,8 @@ def _by_hand_bwd(axis, residuals, cotangent):
     share *= cotangent
     numbers = jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis % logits.ndim)
     exps = jnp.exp(logits.astype(jnp.float32) - top) * share
-    gradient = jnp.where(numbers == index, -others * share, jnp.where(share == 0, 0, exps))
+    others = jnp.where(share == 0, 0, -others * share)
+    gradient = jnp.where(numbers == index, others, jnp.where(share == 0, 0, exps))
     return gradient.astype(logits.dtype), None
 
 

@@ -225,9 +225,8 @@ def chart(
         values = {side: number(row["values"].get(side)) for side in saved["sides"]}
         values = {k: max(v / base, least) for k, v in values.items() if v and k not in without}
         ours = values.pop("jaxent")
-        exact = {
-            side for side in values if side not in row["notes"].split("inexact: ")[-1].split(", ")
-        }
+        inexact = row["notes"].partition("inexact: ")[2].split(", ")
+        exact = [side for side in values if side not in inexact]
         best = min(exact or values, key=values.__getitem__)
         axes.plot([ours, values[best]], [place, place], color="0.8", lw=2, zorder=1)
         axes.plot([*values.values()], [place] * len(values), "o", color="0.75", ms=4, zorder=2)

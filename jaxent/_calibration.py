@@ -209,8 +209,8 @@ def fit_temperature(
         roundings of the loss.
 
     Returns:
-      The temperature, a scalar: float32, float64 with x64 enabled; NaN where the loss is.
-      Where targets are always predicted the best is 0, and the result small.
+      The temperature, a scalar: float32, float64 with x64 enabled; NaN where the loss is not
+      finite. Where targets are always predicted the best is 0, and the result small.
 
     Raises:
       ImportError: there is no Optax, and no `solver` is given.
@@ -257,9 +257,9 @@ def fit_temperature(
     start = jnp.zeros((), jnp.result_type(float))
     shapes = [list(x.shape) for x in jax.tree.leaves(jax.eval_shape(of_log, start))]
     if shapes != [[]]:
-        got = " and ".join(map(str, shapes))
-        raise TypeError(f"loss must return a scalar, got arrays of {got}: give it a reduction")
+        got = f"arrays of {' and '.join(map(str, shapes))}" if shapes else "nothing"
+        raise TypeError(f"loss must return a scalar, got {got}: give it a reduction")
     first = jnp.asarray(0), start, *jax.value_and_grad(of_log)(start), solver.init(start)
     _, log_scale, value, _, _ = jax.lax.while_loop(goes_on, step, first)
-    temperature: Array = jnp.where(jnp.isnan(value), value, jnp.exp(-log_scale))
+    temperature: Array = jnp.where(jnp.isfinite(value), jnp.exp(-log_scale), value - value)
     return temperature

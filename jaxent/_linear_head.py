@@ -68,11 +68,16 @@ class LinearHead(nnx.Linear):
         rngs: nnx.Rngs,
         **keywords: Any,
     ) -> None:
-        layers = inspect.signature(nnx.Linear.__init__).parameters
-        for name in LinearCrossEntropyKeywords.__annotations__.keys() & keywords.keys() - layers:
-            raise TypeError(
-                f"{name} is the loss's: pass criterion=jaxent.LinearCrossEntropyLoss({name}=...)"
-            )
+        of_layer, of_loss = (
+            inspect.signature(kind.__init__).parameters
+            for kind in (nnx.Linear, LinearCrossEntropyLoss)
+        )
+        for name in keywords:
+            if name in of_loss and name not in (*of_layer, "class_axis"):
+                raise TypeError(
+                    f"{name} is the loss's: pass "
+                    f"criterion=jaxent.LinearCrossEntropyLoss({name}=...)"
+                )
         super().__init__(in_features, out_features, rngs=rngs, **keywords)
         read_dot_general(self.dot_general)
         criterion = LinearCrossEntropyLoss() if criterion is None else criterion

@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from sharded import make_mesh
 
 import jaxent
 
@@ -55,6 +56,31 @@ def test_no_option_adds_scratch_of_the_size_of_the_logits(dtype, bound, options)
 def test_forward_pass_holds_no_logits(dtype):
     # Of one block of classes in 64, gathered.
     assert scratch(compiled(dtype, {}, gradient=False)) < 0.07
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_pass_of_smoothed_targets_and_of_probabilities_holds_no_logits(dtype):
+    def smoothed(logits, targets, weight):
+        return jaxent.cross_entropy(logits, targets, weight=weight, label_smoothing=0.1)
+
+    logits, probabilities = (jax.ShapeDtypeStruct((N, C), x) for x in (dtype, "float32"))
+    indices, weight = jax.ShapeDtypeStruct((N,), "int32"), jax.ShapeDtypeStruct((C,), "float32")
+    for function, arguments in (
+        (smoothed, (indices, weight)),
+        (jaxent.cross_entropy, (probabilities,)),
+    ):
+        assert scratch(jax.jit(function).lower(logits, *arguments).compile()) < 0.07
+
+
+def test_smoothing_on_a_mesh_holds_no_logits():
+    mesh = make_mesh("auto", data=2)
+    loss = functools.partial(jaxent.cross_entropy, label_smoothing=0.1)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    logits = jax.ShapeDtypeStruct((2 * N, C), "float32", sharding=rows)
+    targets = jax.ShapeDtypeStruct((2 * N,), "int32", sharding=rows)
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.value_and_grad(loss)).lower(logits, targets).compile()
+    assert scratch(program) < 0.1  # of a device's rows
 
 
 @pytest.mark.parametrize(("options", "passes"), [("plain", 8), ("softcap", 9)])

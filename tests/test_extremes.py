@@ -10,6 +10,7 @@ from jax.experimental import checkify
 
 import jaxent
 from jaxent import reference
+from jaxent._forms import forced
 
 INF, NAN = np.inf, np.nan
 
@@ -108,6 +109,37 @@ def test_zero_class_weight_on_minus_infinity_is_zero():
         )
         expected = (0.5 + 2 * 0.5 / 3) * np.log(2)
         assert_close(losses, np.array([expected], "float32"), 2)
+        assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("num_classes", [1009, 32000])
+@pytest.mark.parametrize("bad", [NAN, -INF])
+def test_a_row_that_is_not_finite_costs_the_others_no_digit(num_classes, bad):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(4, num_classes)).astype("float32")
+    targets = random.dirichlet(np.ones(num_classes), 4).astype("float32")
+    logits[3, 0], targets[3, 0] = bad, 0
+    weight = jnp.array([1, 1, 1, 0 if np.isnan(bad) else 1])
+    with forced(one_loop=False):  # which nobody takes for so many classes
+        losses, _ = loss_and_gradient(logits, targets, sample_weight=weight)
+    x, p = logits.astype("float64"), targets.astype("float64")
+    x -= x.max(-1, keepdims=True)
+    log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    log_p[3, 0] = 0
+    assert_close(losses[:3], -(p * log_p).sum(-1)[:3].astype("float32"), 4)
+    if np.isinf(bad):
+        assert_close(losses[3], np.float32(-(p * log_p).sum(-1)[3]), 4)
+
+
+@pytest.mark.parametrize("num_classes", [3, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smoothing_over_the_lowest_numbers_is_finite(num_classes, dtype):
+    lowest = jnp.finfo(dtype).min
+    logits = jnp.zeros((2, num_classes), dtype).at[0, 1:].set(lowest)
+    for smoothing in (0.1, jnp.asarray(0.1)):
+        losses, gradient = loss_and_gradient(logits, np.array([0, 1]), label_smoothing=smoothing)
+        mean = -float(lowest) * (num_classes - 1) / num_classes
+        assert_close(losses, np.array([0.1 * mean, np.log(num_classes)], "float32"), 4)
         assert np.all(np.isfinite(gradient))
 
 

@@ -474,7 +474,8 @@ def test_another_solver_fits_the_temperature_and_a_nan_shows():
     solver = optax.with_extra_args_support(optax.sgd(0.5))
     found = fit_temperature(loss, solver=solver, max_steps=500)
     np.testing.assert_allclose(found, 8 / np.log(3), rtol=1e-4)
-    assert np.isnan(fit_temperature(lambda scale: loss(scale) + jnp.nan))
+    for bad in (jnp.nan, jnp.inf):
+        assert np.isnan(fit_temperature(lambda scale, bad=bad: loss(scale) + bad))
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e6])

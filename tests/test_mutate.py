@@ -1,6 +1,7 @@
 """The mutator of `tools/mutate.py`: what it changes of a source, and what it leaves alone."""
 
 import ast
+import re
 import textwrap
 
 import pytest
@@ -77,13 +78,19 @@ def test_annotations_docstrings_decorators_and_forms_stay():
     assert found(textwrap.dedent(source)) == []
 
 
+def test_what_is_not_mutated_is_there():
+    sources = [path.read_text() for path in (mutate.ROOT / "jaxent").rglob("*.py")]
+    names = re.findall(r"^ *def (\w+)", "\n".join(sources), re.MULTILINE)
+    assert mutate.SKIPPED.keys() <= set(names)
+
+
 @pytest.mark.parametrize("module", mutate.MODULES)
 def test_mutants_of_the_package_compile_and_differ(module):
     source = (mutate.ROOT / "jaxent" / f"{module}.py").read_text()
     listed = found(source)
     mutated = {mutant.apply(source) for mutant in listed}
     assert source not in mutated
-    assert len(mutated) == len(listed) > 4
+    assert len(mutated) == len(listed) > 2
     assert len({mutant.key for mutant in listed}) == len(listed)
     ast.parse(listed[0].apply(source))
 

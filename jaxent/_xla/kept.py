@@ -10,7 +10,7 @@ from jax import Array
 from .classes import is_last, zeros_like
 from .one_loop import are_few
 from .registry import R, by_platform, hidden, workaround
-from .sums import can_keep
+from .sums import can_keep, sums_mass_as_it_is
 
 
 @workaround(lambda product: product)
@@ -48,17 +48,16 @@ def computed_again(
     """Return x and shift, of which the backward pass makes again what the forward pass made.
 
     Beside a target mass or a cap, XLA holds float32 arrays of the logits' size from the forward to
-    the backward pass: for an H100 (jax 0.10.2), and on a CPU beside smoothing with a class_mask, a
-    scale or a cap, 16 MB of a loss of (4096, 1000) float32 that needs 0.2 MB (jax 0.12.0.1).
-    Without these it holds the exponentials, which it may (`can_keep`) or not. Beside probabilities
-    a CPU holds as much either way, and takes up to 1.4 times as long if x is hidden. It vectorizes
-    the loop over few classes of another axis than the last only if it makes them again (jax
-    0.10.2).
+    the backward pass: for an H100 (jax 0.10.2), and on a CPU beside smoothing where `mass_sums`
+    makes arrays, 16 MB of a loss of (4096, 1000) float32 that needs 0.2 MB (jax 0.12.0.1). Where it
+    makes none, the exponentials are held, if they may be (`can_keep`). Beside probabilities a CPU
+    holds as much either way, and takes up to 1.4 times as long if x is hidden. It vectorizes the
+    loop over few classes of another axis than the last only if it makes them again (jax 0.10.2).
     """
     if are_few(axis, x):
         hide_on_cpu = not is_last(axis, x)
     else:
-        has_array = class_mask is not None or not transform.is_identity
+        has_array = not sums_mass_as_it_is(axis, x, class_mask, transform)
         hide_on_cpu = is_smoothed and (has_array or not can_keep(x))
     hide_elsewhere = has_mass or not transform.is_identity
     if not hide_on_cpu and not hide_elsewhere:

@@ -19,6 +19,7 @@ from .blocks import (
     has_blocks,
     hidden_blocks,
     in_block,
+    num_blocks,
     put_together,
     take_block,
 )
@@ -109,7 +110,8 @@ def apart_and_others(
     0.12.0.1). `form` is one of `sum_form`'s:
 
     - products: times 0 or 1, which is 2.2 ms;
-    - blocks: sums of blocks, and once more of the one that has the class, from 4096 classes on;
+    - blocks: sums of blocks, and once more of the one that has the class, from 4096 classes on, and
+      beside a moment from 512;
     - kept blocks: the same, of exponentials that are kept for the gradient;
     - taken out: the sum over all less the class, where no small loss is made of it;
     - masked: the formula, for what the gradient finds again as it is, and for other axes.
@@ -203,7 +205,7 @@ def moment_of_others(
     """Return the sum over the classes but one of `moments(transform, x, shift, class_mask)`.
 
     The formula is a sum over a mask, which takes a CPU off its fast path as in `apart_and_others`.
-    From 4096 classes on, blocks are summed up there, and the one that has the class apart once
+    From 512 classes on, blocks are summed up there, and the one that has the class apart once
     more, without it: with statistics a float32 head of 131072 classes takes 1.1 times the time of
     its loss, and 1.3 times with the mask (jax 0.12.0.1). The sum over all less that of the class
     apart loses the digits of a nearly certain row: in another loop its part is another number.
@@ -231,6 +233,12 @@ def _sums_of_terms(axis: int, terms: Terms, centre: Any, *arguments: Any) -> tup
     return sum_classes(axis, mass), sum_classes(axis, mass_logit)
 
 
+def sums_mass_as_it_is(axis: int, x: Array, class_mask: Any, transform: Any) -> bool:
+    """Return whether `mass_sums` makes no arrays on a CPU: with a mask or a cap there are some."""
+    has_array = class_mask is not None or not transform.is_identity
+    return is_last(axis, x) and not (has_array or meshes(x) or jax.config.jax_disable_jit)
+
+
 @workaround(_sums_of_terms)
 def mass_sums(
     axis: int,
@@ -246,15 +254,15 @@ def mass_sums(
 
     The select that makes 0 of 0 * inf has a CPU write both factors out, float32 arrays of the
     logits' size, before it sums them up. Here they are summed up as they are, and once more with
-    the select, in a slow loop without arrays, where a row's sum is not finite. (256, 32000)
-    bfloat16 with class weights and smoothing takes 0.46 of the time, and 0.1 MB of scratch for 33;
-    with logits of -inf of weight 0, 0.5 to 1.5 (jax 0.12.0.1). A class_mask, a scale and a cap make
-    arrays all the same; with jit off, `jax_debug_nans` would see the 0 * inf.
+    the select, in a slow loop without arrays, if a row's sum is not finite. (256, 32000) bfloat16
+    with class weights and smoothing takes 0.46 of the time, and 0.1 MB of scratch for 33; with
+    logits of -inf of weight 0, 0.5 to 1.5 (jax 0.12.0.1). What q is made of, of probabilities with
+    weights say, is written out all the same, and so it is where `sums_mass_as_it_is` says no. With
+    jit off, `jax_debug_nans` would see the 0 * inf.
     """
     arguments = x, class_mask, shift, transform, q
     plain = functools.partial(_sums_of_terms, axis, terms, centre)
-    has_array = class_mask is not None or not transform.is_identity
-    if has_array or not is_last(axis, x) or meshes(x) or jax.config.jax_disable_jit:
+    if not sums_mass_as_it_is(axis, x, class_mask, transform):
         return plain(*arguments)
     fast = functools.partial(_fast_mass_sums, axis, terms, centre)
     return by_platform(fast, plain, *arguments)
@@ -268,18 +276,38 @@ def _fast_mass_sums(
     x, class_mask, shift, transform, q = hidden(arguments)
     centred = centre(transform, x, shift, class_mask)
     if not q.ndim:
-        mass_logit = safe_multiply(q, sum_classes(axis, centred))
+        # A power of two: the sum of the lowest numbers is finite, and no digit is lost.
+        mass_logit = safe_multiply(q * 2.0**31, sum_classes(axis, centred * 2.0**-31))
         return q * x.shape[-1] + jnp.zeros_like(mass_logit), mass_logit
     mass_logit = sum_classes(axis, centred * q)
     by_class = jnp.broadcast_to(q, (*q.shape[:-1], x.shape[-1])).astype(mass_logit.dtype)
     mass = jnp.sum(by_class, -1, keepdims=True) + jnp.zeros_like(mass_logit)
-    sums: tuple[Array, Array] = jax.lax.cond(
-        jnp.all(jnp.isfinite(mass_logit)),
-        lambda *_: (mass, mass_logit),
-        lambda *arguments: sum_at_once(axis, terms(*arguments)),
-        *arguments,
+    right = jnp.isfinite(mass_logit)
+
+    def make_again(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # Hidden with the state: XLA would do it before the loop, whether asked for or not.
+        _, mass, mass_logit, arguments_here = hidden((*state, arguments))
+        again = _sums_by_blocks(axis, terms, *arguments_here)
+        mass, mass_logit = (
+            jnp.where(right, *each) for each in zip((mass, mass_logit), again, strict=True)
+        )
+        return jnp.zeros((), bool), mass, mass_logit
+
+    # A loop of one turn or none, and no `cond`: that does both under vmap.
+    state = jax.lax.while_loop(
+        lambda state: state[0], make_again, (~jnp.all(right), mass, mass_logit)
     )
-    return sums
+    return state[1], state[2]
+
+
+def _sums_by_blocks(axis: int, terms: Terms, *arguments: Any) -> tuple[Array, Array]:
+    """Return the sums of the terms in one loop, of a block at a time: one of all loses digits."""
+    found = terms(*arguments)
+    x = found[0]
+    count = num_blocks(x.shape[-1]) if isinstance(x.shape[-1], int) else 1
+    blocks = jax.tree.map(lambda term: term.reshape(*x.shape[:-1], count, -1), found)
+    mass, mass_logit = jax.tree.map(lambda part: part[..., 0], sum_at_once(-1, blocks))
+    return sum_classes(axis, mass), sum_classes(axis, mass_logit)
 
 
 @_fast_mass_sums.defjvp
