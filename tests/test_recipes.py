@@ -301,4 +301,6 @@ def test_evaluation():
         return mean_of(-log_probs(HIDDEN / temperature, KERNEL, TARGETS)[1], COUNTED)
 
     fitted = functions["temperature"](logits, TARGETS)
-    assert loss(fitted) <= min(loss(fitted * 1.05), loss(fitted / 1.05))
+    # These logits say nothing, the best temperature is infinite, and the loss flat to a rounding.
+    least = min(loss(fitted * 1.05), loss(fitted / 1.05))
+    assert loss(fitted) <= least * (1 + 4 * np.finfo("float32").eps)
