@@ -303,9 +303,10 @@ def _fast_mass_sums(
 def _sums_by_blocks(axis: int, terms: Terms, *arguments: Any) -> tuple[Array, Array]:
     """Return the sums of the terms in one loop, of a block at a time: one of all loses digits."""
     found = terms(*arguments)
-    x = found[0]
-    count = num_blocks(x.shape[-1]) if isinstance(x.shape[-1], int) else 1
-    blocks = jax.tree.map(lambda term: term.reshape(*x.shape[:-1], count, -1), found)
+    *rows, num_classes = found[0].shape
+    count = num_blocks(num_classes) if isinstance(num_classes, int) else 1
+    shape = (*rows, count, num_classes // count)
+    blocks = jax.tree.map(lambda term: term.reshape(shape), found)
     mass, mass_logit = jax.tree.map(lambda part: part[..., 0], sum_at_once(-1, blocks))
     return sum_classes(axis, mass), sum_classes(axis, mass_logit)
 
