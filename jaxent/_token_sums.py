@@ -1,4 +1,4 @@
-"""What sums over tokens say: loss, perplexity, accuracy."""
+"""What sums over tokens say: loss, perplexity, accuracy; long for a docstring of each."""
 
 import dataclasses
 from typing import Any, ClassVar, Self, Unpack

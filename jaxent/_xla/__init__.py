@@ -29,9 +29,10 @@ from .heads import (
     with_cpu_plan,
 )
 from .kept import computed_again, once_per_row, packed, rounded, sums_of, unpacked
+from .mass import mass_sums
 from .one_loop import in_one_loop, sum_at_once
 from .registry import SWITCHED_OFF, WORKAROUNDS, without
-from .sums import apart_and_others, mass_sums, moment_of_others, sum_form
+from .sums import apart_and_others, moment_of_others, sum_form
 
 __all__ = [
     "SWITCHED_OFF",

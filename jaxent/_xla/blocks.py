@@ -33,8 +33,13 @@ def has_blocks(axis: int, x: Array, least: int) -> bool:
 
 
 @functools.lru_cache
-def num_blocks(num_classes: int) -> int:
-    """Return into how many blocks of one size the classes are divided; 1 where no size is good."""
+def num_blocks(num_classes: Any) -> int:
+    """Return into how many blocks of one size the classes are divided.
+
+    It is 1 where no size is good, or their number is symbolic.
+    """
+    if not isinstance(num_classes, int):
+        return 1
     wanted = math.sqrt(num_classes)
     sizes = [
         size
@@ -48,8 +53,9 @@ def num_blocks(num_classes: int) -> int:
 
 def blocks_of(x: Array) -> Array:
     """(..., C) as (N, K, C / K), or (1, K, C / K) of a table."""
-    count = num_blocks(x.shape[-1])
-    return x.reshape(-1, count, x.shape[-1] // count)
+    *rows, num_classes = x.shape
+    count = num_blocks(num_classes)
+    return x.reshape(math.prod(rows), count, num_classes // count)
 
 
 def hidden_blocks(x: Any) -> Any:

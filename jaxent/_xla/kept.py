@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from .classes import is_last, zeros_like
+from .mass import sums_mass_as_it_is
 from .one_loop import are_few
 from .registry import R, by_platform, hidden, workaround
-from .sums import can_keep, sums_mass_as_it_is
+from .sums import can_keep
 
 
 @workaround(lambda product: product)

@@ -186,6 +186,7 @@ TESTS = {
     "_xla/classes": _listed("dense uncounted head", "dense head"),
     "_xla/heads": _listed("head", "head"),
     "_xla/kept": _listed("dense uncounted head", "dense head"),
+    "_xla/mass": _listed("dense uncounted", "dense"),
     "_xla/one_loop": _listed("dense uncounted", "dense"),
     "_xla/sums": _listed("dense uncounted", "dense"),
     "_head/chunks": _listed("head", "head"),
