@@ -11,7 +11,7 @@ classes at a time (`_head/divergence.py`).
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ._arguments import (
     ArrayOrList,
     Reduction,
     check_reduction,
+    check_return_stats,
     describe,
     of_teacher,
     read_array,
@@ -55,8 +56,9 @@ from ._head.mesh import (
     read_layout,
 )
 from ._head.sizes import balance, choose_block, choose_chunk
+from ._keywords import DistillationKeywords, LinearDistillationKeywords
 from ._numerics import compute_dtype, nan_where
-from ._reduction import reduce
+from ._reduction import TokenStats, reduce
 from ._rows import Transform
 from ._targets import read_examples, weights_of
 from ._xla import zeros_like
@@ -110,6 +112,22 @@ class Given(NamedTuple):
         )
 
 
+@overload
+def distillation(
+    logits: ArrayOrList,
+    teacher_logits: ArrayOrList,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[DistillationKeywords],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def distillation(
+    logits: ArrayOrList,
+    teacher_logits: ArrayOrList,
+    *,
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[DistillationKeywords],
+) -> Array: ...
 @public
 def distillation(
     logits: ArrayOrList,
@@ -129,7 +147,8 @@ def distillation(
     teacher_softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Array | tuple[Array, TokenStats]:
     r"""Return the divergence of a student's distribution from a teacher's.
 
     With :math:`p = \mathrm{softmax}(w / T)` of the teacher's logits w,
@@ -174,9 +193,15 @@ def distillation(
         the whole.
       class_axis_name: mapped axis or axes over which classes are split: logits, teacher_logits and
         class_mask are this shard's.
+      return_stats: whether to return statistics of the student's q with the teacher's p as targets
+        as well: (loss, stats), as `jax.value_and_grad(..., has_aux=True)` takes it. They are those
+        of `jaxent.token_stats` of z / T and p: `log_prob` is :math:`\sum_c p_c \log q_c`, `entropy`
+        that of q, and `correct` whether the two agree on the most probable class; 0 where an
+        example does not count.
 
     Returns:
-      float32, float64 if either's logits are: a scalar, or for "none" the per-example shape.
+      float32, float64 if either's logits are: a scalar, or for "none" the per-example shape. With
+      `return_stats`, that and a `jaxent.TokenStats`.
       Where p is not 0 and q is (a logit of -inf), KL(p || q) is +inf, and so the other way round;
       between, the divergence is finite.
 
@@ -223,13 +248,16 @@ def distillation(
         softcap=softcap,
         teacher_logit_scale=teacher_logit_scale,
         teacher_softcap=teacher_softcap,
+        return_stats=return_stats,
     )
     examples, classes = read_axis_names(x, w, axis_name=axis_name, class_axis_name=class_axis_name)
     return _distillation(Options(form, axis, reduction, examples, classes), x, w, given)
 
 
 @compiled
-def _distillation(options: Options, logits: Array, teacher_logits: Array, given: Given) -> Array:
+def _distillation(
+    options: Options, logits: Array, teacher_logits: Array, given: Given
+) -> Array | tuple[Array, TokenStats]:
     axis, classes = options.axis, options.classes
     dtype = compute_dtype(logits, teacher_logits)
     class_mask, sample_weight = read_counted(axis, logits.shape, dtype, given, classes)
@@ -237,7 +265,7 @@ def _distillation(options: Options, logits: Array, teacher_logits: Array, given:
     transform, teacher_transform = given.transforms(
         compute_dtype(logits), compute_dtype(teacher_logits)
     )
-    divergence = row_divergences(
+    divergence, stats = row_divergences(
         axis,
         options.form,
         logits,
@@ -250,7 +278,13 @@ def _distillation(options: Options, logits: Array, teacher_logits: Array, given:
         None if sample_weight is None else sample_weight == 0,
         classes,
     )
-    return reduced(axis, divergence, sample_weight, options.reduction, options.examples)
+    loss = reduced(axis, divergence, sample_weight, options.reduction, options.examples)
+    return loss if stats is None else (loss, _squeezed(axis, stats))
+
+
+def _squeezed(axis: int, stats: TokenStats) -> TokenStats:
+    squeezed: TokenStats = jax.tree.map(lambda x: jax.lax.squeeze(x, (axis,)), stats)
+    return squeezed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +297,26 @@ class HeadOptions:
     skip: bool  # whether tokens that do not count may be left out
 
 
+@overload
+def linear_distillation(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    teacher_hidden: ArrayOrList,
+    teacher_kernel: ArrayOrList,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[LinearDistillationKeywords],
+) -> tuple[Array, TokenStats]: ...
+@overload
+def linear_distillation(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    teacher_hidden: ArrayOrList,
+    teacher_kernel: ArrayOrList,
+    *,
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[LinearDistillationKeywords],
+) -> Array: ...
 @public
 def linear_distillation(
     hidden: ArrayOrList,
@@ -291,7 +345,8 @@ def linear_distillation(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Array | tuple[Array, TokenStats]:
     r"""Return the divergence of a student's head from a teacher's, without holding either's logits.
 
     .. math:: \mathrm{linear\_distillation}(h, K, h', K') =
@@ -321,9 +376,11 @@ def linear_distillation(
       chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
       axis_name, class_axis_name, width_axis_name: as in `jaxent.linear_cross_entropy`. The teacher
         is split as the student is.
+      return_stats: as in `jaxent.distillation`, from the same passes.
 
     Returns:
-      float32, float64 for a float64 product: a scalar, or for "none" the shape (...).
+      float32, float64 for a float64 product: a scalar, or for "none" the shape (...). With
+      `return_stats`, that and a `jaxent.TokenStats`.
 
     Raises:
       TypeError: a dtype is none of the above.
@@ -383,6 +440,7 @@ def linear_distillation(
         softcap=softcap,
         teacher_logit_scale=teacher_logit_scale,
         teacher_softcap=teacher_softcap,
+        return_stats=return_stats,
     )
     b, teacher_b = read_bias(bias, num_classes), of_teacher(read_bias)(teacher_bias, num_classes)
     layout = read_layout(h, k, class_axis, *names)
@@ -399,6 +457,7 @@ def linear_distillation(
             chunk,
             dtype,
             read_precision(precision, dtype),
+            stats=return_stats,
             width=layout.width,
             gathered=gathered,
         )
@@ -415,7 +474,7 @@ def linear_distillation(
 @compiled
 def _linear_distillation(
     options: HeadOptions, hidden: Pair, kernel: Pair, bias: Pair, given: Given
-) -> Array:
+) -> Array | tuple[Array, TokenStats]:
     plans, layout = options.plans, options.layout
     pair, dtype = plans.pair, plans.dtype
     num_classes, ndim = kernel.student.shape[plans.student.class_axis], hidden.student.ndim
@@ -441,7 +500,7 @@ def _linear_distillation(
     rest = heads_and_fixed, coolness, beta, sample_weight
     student_hidden, teacher_hidden = (blank_tokens(x, uncounted) for x in hidden)
 
-    def local(hidden: Array, kernel: Array, others: tuple[Array, Array, Any]) -> Array:
+    def local(hidden: Array, kernel: Array, others: tuple[Array, Array, Any]) -> Any:
         teacher_hidden, teacher_kernel, rest = others
         heads_and_fixed, coolness, beta, sample_weight = jax.tree.map(flatten_tokens, rest)
         (student, fixed), (teacher, teacher_fixed) = heads_and_fixed
@@ -449,7 +508,7 @@ def _linear_distillation(
         teacher = teacher._replace(hidden=flatten_tokens(teacher_hidden), kernel=teacher_kernel)
         heads = Pair(student, teacher)
         fitted = _fitted(plans, heads, skip)
-        divergence = head_divergences(
+        found = head_divergences(
             fitted,
             heads,
             Pair(fixed, teacher_fixed),
@@ -458,7 +517,7 @@ def _linear_distillation(
             sample_weight,
             layout.classes,
         )
-        return divergence.reshape(*hidden.shape[:-1], 1)
+        return jax.tree.map(lambda x: x.reshape(*hidden.shape[:-1], 1), found)
 
     others = teacher_hidden, kernel.teacher, rest
     specs = (
@@ -466,10 +525,11 @@ def _linear_distillation(
         layout.of_kernel(plans.teacher.class_axis),
         jax.tree.map(functools.partial(layout.of_argument, shape), rest),
     )
-    divergence = on_shards(
+    divergence, stats = on_shards(
         local, layout, plans.student.class_axis, student_hidden, kernel.student, others, specs=specs
     )
-    return reduced(ndim - 1, divergence, sample_weight, options.reduction, layout.examples)
+    loss = reduced(ndim - 1, divergence, sample_weight, options.reduction, layout.examples)
+    return loss if stats is None else (loss, _squeezed(ndim - 1, stats))
 
 
 def _fitted(plans: Plans, heads: Pair, skip: bool) -> Plans:
@@ -503,6 +563,7 @@ def read_given(
     softcap: Any,
     teacher_logit_scale: Any,
     teacher_softcap: Any,
+    return_stats: Any,
 ) -> tuple[Form, Given]:
     """Check the arguments of a divergence of logits of this shape, called `name`."""
     per_example = shape[:axis] + shape[axis + 1 :]
@@ -521,7 +582,9 @@ def read_given(
         teacher_logit_scale=of_teacher(read_logit_scale)(teacher_logit_scale),
         teacher_softcap=of_teacher(read_softcap)(teacher_softcap),
     )
-    return Form(kind, isinstance(temperature, Array), isinstance(beta, Array)), given
+    check_return_stats(return_stats)
+    form = Form(kind, isinstance(temperature, Array), isinstance(beta, Array), return_stats)
+    return form, given
 
 
 def read_counted(

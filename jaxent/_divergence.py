@@ -23,12 +23,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
-from ._axes import Names, psum, vary_alike
+from ._axes import Names, num_shards, psum, vary_alike
 from ._dense import row_max
 from ._numerics import compute_dtype
-from ._rows import Transform, centre
-from ._xla import is_inside, one_hot, rounded, sum_classes
+from ._reduction import TokenStats
+from ._rows import Transform, centre, combine_argmax, product, without_infinite_derivative
+from ._xla import is_inside, mapped_alike, one_hot, rounded, sum_classes
 
 Kind = Literal["forward", "reverse", "between"]
 # Below it, exp(x) - 1 - x is summed up as a series; from it on, expm1(x) - x loses two bits.
@@ -42,6 +44,7 @@ class Form:
     kind: Kind = "forward"
     by_temperature: bool = False  # whether somebody may differentiate it: it came as an array
     by_beta: bool = False
+    stats: bool = False  # whether the student's statistics are asked for
 
 
 class Softmax(NamedTuple):
@@ -69,11 +72,28 @@ def _transformed(transform: Transform, logits: Array, dtype: Any) -> Array:
 
 
 class Sums(NamedTuple):
-    """The divergence of each row, and the sums of its derivatives by log q and by log p."""
+    """The divergence of each row, the sums of its derivatives by log q and by log p, and others.
+
+    The last two are sum p c and sum q c, of the student's c, for statistics alone.
+    """
 
     divergence: Any
     by_student: Any
     by_teacher: Any
+    cross: Any = None
+    own: Any = None
+
+
+class Values(NamedTuple):
+    """What is differentiated of each row, (..., 1, ...), or the cotangents of it.
+
+    The others are for statistics alone: sum p log q, log sum exp(c) and -sum q log q.
+    """
+
+    divergence: Any
+    log_prob: Any = None
+    log_total: Any = None
+    entropy: Any = None
 
 
 class _Ratios(NamedTuple):
@@ -167,7 +187,65 @@ def sums_of(
     """Return the sums of the classes that are there."""
     ratios = _ratios(student, teacher, class_mask, coolness)
     terms = Sums(_terms(form.kind, ratios, beta), *_slopes(form.kind, ratios, beta))
-    return Sums(*(sum_classes(axis, term) for term in terms))
+    if form.stats:
+        centred = student.centred(class_mask, coolness)
+        cross, own = (_moment(probability, centred, 0) for probability in (ratios.p, ratios.q))
+        terms = terms._replace(cross=cross, own=own)
+    sums: Sums = jax.tree.map(functools.partial(sum_classes, axis), terms)
+    return sums
+
+
+def values_of(student: Softmax, divergence: Array, sums: Sums, classes: Names) -> Values:
+    """Return what sums up to the values of each row over the shards of its classes."""
+    if sums.cross is None:
+        return Values(divergence)
+    log_total = jnp.log1p(student.rest) / num_shards(classes)
+    values = Values(None, sums.cross - log_total, log_total, log_total - sums.own)
+    alike: Values = mapped_alike(values, divergence)
+    return alike._replace(divergence=divergence)
+
+
+def stats_of(
+    values: Values,
+    shift: Array,
+    predictions: tuple[Array, Array],
+    coolness: Any,
+    uncounted: Any,
+) -> TokenStats:
+    """Return the statistics of the student's q with the teacher's p as targets, (..., 1, ...).
+
+    `shift` is the student's, `predictions` the most probable class of each, the student's first.
+    """
+    prediction, target = predictions
+    counted = jnp.ones_like(prediction, bool) if uncounted is None else ~uncounted
+    # Before the product, whose derivative would be 0 * inf.
+    shift, *floats = (jnp.where(counted, x, 0) for x in (shift, *values[1:]))
+    log_prob, log_total, entropy = floats
+    return TokenStats(
+        log_prob=log_prob,
+        log_normalizer=_cooled(shift, coolness) + log_total,
+        entropy=entropy,
+        prediction=jnp.where(counted, prediction.astype(jnp.int32), -1),
+        correct=counted & (prediction == target),
+        counted=counted,
+    )
+
+
+def asked(form: Form, sums: Sums, cotangents: Values) -> tuple[Form, Sums, Values]:
+    """Return what the gradient of these cotangents is made of.
+
+    It is without statistics where nobody differentiates them.
+    """
+
+    def is_zero(x: Any) -> bool:
+        return isinstance(x, SymbolicZero)
+
+    if all(map(is_zero, cotangents[1:])):
+        form = dataclasses.replace(form, stats=False)
+        sums, cotangents = Sums(*sums[:3]), Values(cotangents.divergence)
+    zeros = jnp.zeros_like(sums.divergence)
+    cotangents = jax.tree.map(lambda x: zeros if is_zero(x) else x, cotangents, is_leaf=is_zero)
+    return form, sums, cotangents
 
 
 def divergence_gradients(
@@ -179,40 +257,50 @@ def divergence_gradients(
     coolness: Any,
     beta: Any,
     sums: Sums,
-    cotangent: Array,
+    cotangents: Values,
 ) -> tuple[Array, Transform, Any, Any]:
     """Return the gradients of the student's logits and transform, of the coolness and of beta.
 
     Of those two they are the classes' share, and None where nobody asks. `sums` are those of all
-    classes; the cotangent is the divergence's, (..., 1, ...).
+    classes.
     """
     ratios = _ratios(student, teacher, class_mask, coolness)
     by_student, by_teacher = _slopes(form.kind, ratios, beta)
-    # 0 for a row that is not counted, whose share may be of a kernel that is NaN.
-    is_asked = cotangent != 0
 
-    def times_cotangent(slope: Array) -> Array:
+    def times(cotangent: Array, slope: Array) -> Array:
         product = cotangent * slope
-        asked = is_asked | jnp.isfinite(product)
-        return jnp.where(asked if class_mask is None else asked & class_mask, product, 0)
+        # 0 for a row that is not counted, whose share may be of a kernel that is NaN.
+        is_asked = (cotangent != 0) | jnp.isfinite(product)
+        return jnp.where(is_asked if class_mask is None else is_asked & class_mask, product, 0)
 
-    def by_logit(slope: Array, probability: Array, total: Array) -> Array:
-        return times_cotangent(slope - probability * total)
-
-    d_student = by_logit(by_student, ratios.q, sums.by_student)
+    d_student = times(cotangents.divergence, by_student - ratios.q * sums.by_student)
     d_coolness, d_beta = None, None
+    if form.stats:
+        by_log_prob = -_relative_entropy_slopes(ratios)[1]
+        by_entropy = -_moment(ratios.q, student.centred(class_mask, coolness), sums.own)
+        slopes = by_log_prob, ratios.q, by_entropy
+        d_student += sum(map(times, cotangents[1:], slopes))
     if form.by_temperature:
-        d_teacher = by_logit(by_teacher, ratios.p, sums.by_teacher)
+        d_teacher = times(cotangents.divergence, by_teacher - ratios.p * sums.by_teacher)
+        if form.stats:
+            by_log_p = _moment(ratios.p, student.centred(class_mask, coolness), sums.cross)
+            d_teacher += times(cotangents.log_prob, by_log_p)
         d_coolness = jnp.sum(
             d_student * _finite(student.centred(class_mask, None))
             + d_teacher * _finite(teacher.centred(class_mask, None))
         )
     if form.by_beta:
-        d_beta = jnp.sum(times_cotangent(_slope_of_beta(ratios, beta)))
+        d_beta = jnp.sum(times(cotangents.divergence, _slope_of_beta(ratios, beta)))
     d_z = d_student if coolness is None else d_student * coolness
     logits = student.logits
     d_logits, d_transform = student.transform.gradients(logits, d_z.astype(compute_dtype(logits)))
     return d_logits, d_transform, d_coolness, d_beta
+
+
+def _moment(probability: Array, centred: Array, mean: Any) -> Array:
+    """Return probability * (c - mean), 0 for a class of neither."""
+    distance = centred - mean
+    return product(without_infinite_derivative(probability, distance), distance)
 
 
 def _ratios(student: Softmax, teacher: Softmax, class_mask: Any, coolness: Any) -> _Ratios:
@@ -358,8 +446,8 @@ def row_divergences(
     beta: Any,
     uncounted: Any,
     classes: Names,
-) -> Array:
-    """Return the divergence of each row, (..., 1, ...).
+) -> tuple[Array, TokenStats | None]:
+    """Return the divergence of each row, (..., 1, ...), and the statistics that the form asks for.
 
     Args:
       axis: the class axis.
@@ -376,17 +464,18 @@ def row_divergences(
     teacher_logits, teacher_transform = jax.lax.stop_gradient((teacher_logits, teacher_transform))
     dtype = compute_dtype(logits, teacher_logits)
 
-    def read(x: Array, transform: Transform) -> Softmax:
+    def read(x: Array, transform: Transform) -> tuple[Softmax, Array]:
         # Of the logits as all loops have them: a largest one with a cap of its own may be another.
         z = _transformed(transform, x, dtype)
         shift, top, best = row_max(axis, Transform(), z, class_mask, with_class=True)
         softmax = Softmax(x, transform, shift)
+        prediction, _ = combine_argmax(top, best, x.shape[axis], classes if form.stats else ())
         best = jnp.where(top > jnp.finfo(top.dtype).min, best, -1)
         # Made again from the logits where somebody differentiates twice; nothing else is kept.
         others = jax.checkpoint(functools.partial(sum_of_others, axis))
         rest = others(softmax, class_mask, coolness, best)
         rest -= jnp.where(is_inside(best, axis, x), 0, 1)
-        return combine_rests(softmax._replace(rest=rest), coolness, classes)
+        return combine_rests(softmax._replace(rest=rest), coolness, classes), prediction
 
     lost: Any = None
     if uncounted is not None:
@@ -395,16 +484,22 @@ def row_divergences(
             axis, form, *jax.lax.stop_gradient((z, w)), class_mask, classes
         )
         logits, teacher_logits = (jnp.where(lost, 0, x) for x in (logits, teacher_logits))
-    student, teacher = read(logits, transform), read(teacher_logits, teacher_transform)
+    student, prediction = read(logits, transform)
+    teacher, target = read(teacher_logits, teacher_transform)
     arguments = student, teacher, class_mask, coolness, beta
     parts = jax.checkpoint(functools.partial(sums_of, axis, form))(*arguments)
     sums = psum(parts, classes)
-    varying = vary_alike(parts.divergence, *arguments, sums)
-    divergence = psum(_with_gradient(axis, form, *varying), classes)
-    if uncounted is None:
-        return divergence
-    lost |= uncounted & ~jnp.isfinite(jax.lax.stop_gradient(divergence))
-    return jnp.where(lost, 0, divergence)
+    values = values_of(student, parts.divergence, parts, classes)
+    varying = vary_alike(values, *arguments, sums)
+    values = psum(_with_gradient(axis, form, *varying), classes)
+    divergence = values.divergence
+    if uncounted is not None:
+        lost |= uncounted & ~jnp.isfinite(jax.lax.stop_gradient(divergence))
+        divergence = jnp.where(lost, 0, divergence)
+    if not form.stats:
+        return divergence, None
+    predictions = prediction, target
+    return divergence, stats_of(values, student.shift, predictions, coolness, uncounted)
 
 
 def _is_finite(axis: int, form: Form, z: Array, w: Array, class_mask: Any, classes: Names) -> Array:
@@ -424,28 +519,28 @@ def _is_finite(axis: int, form: Form, z: Array, w: Array, class_mask: Any, class
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_gradient(axis: int, form: Form, divergence: Array, *arguments: Any) -> Array:
-    """Return the divergence, whose gradient this is: the other sums are constants to it.
+def _with_gradient(axis: int, form: Form, values: Values, *arguments: Any) -> Values:
+    """Return the values, whose gradients these are: the other sums are constants to them.
 
     What they are of the logits is in it, and so it knows the sums of all classes where those are
     split. Derivatives of second order go through the sums.
     """
-    return divergence
+    return values
 
 
-def _with_gradient_fwd(
-    axis: int, form: Form, divergence: Array, *arguments: Any
-) -> tuple[Array, Any]:
-    return divergence, arguments
+def _with_gradient_fwd(axis: int, form: Form, values: Any, *arguments: Any) -> tuple[Values, Any]:
+    primals: tuple[Values, Any] = custom_vjp_primal_tree_values((values, arguments))
+    return primals
 
 
-def _with_gradient_bwd(axis: int, form: Form, arguments: Any, cotangent: Array) -> tuple[Any, ...]:
+def _with_gradient_bwd(axis: int, form: Form, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
     student, teacher, class_mask, coolness, beta, sums = arguments
+    form, sums, cotangents = asked(form, sums, cotangents)
     d_logits, d_transform, d_coolness, d_beta = divergence_gradients(
-        axis, form, student, teacher, class_mask, coolness, beta, sums, cotangent
+        axis, form, student, teacher, class_mask, coolness, beta, sums, cotangents
     )
     d_student = Softmax(d_logits.astype(student.logits.dtype), d_transform, None)
     return None, d_student, None, None, d_coolness, d_beta, None
 
 
-_with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd)
+_with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd, symbolic_zeros=True)

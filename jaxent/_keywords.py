@@ -53,3 +53,38 @@ class LinearCrossEntropyKeywords(_OfLogits, total=False):
     dot_general: DotGeneral | None
     chunk_size: int | None
     width_axis_name: AxisName
+
+
+class _OfDivergence(TypedDict, total=False):
+    beta: ArrayLike
+    temperature: ArrayLike
+    targets: ArrayOrList | None
+    ignore_index: int | None
+    reduction: Reduction
+    sample_weight: ArrayOrList | None
+    class_mask: ArrayOrList | None
+    logit_scale: ArrayLike
+    softcap: float | None
+    teacher_logit_scale: ArrayLike
+    teacher_softcap: float | None
+    axis_name: AxisName
+    class_axis_name: AxisName
+
+
+class DistillationKeywords(_OfDivergence, total=False):
+    """The keywords of `jaxent.distillation`."""
+
+    axis: int
+
+
+class LinearDistillationKeywords(_OfDivergence, total=False):
+    """The keywords of `jaxent.linear_distillation`."""
+
+    bias: ArrayOrList | None
+    teacher_bias: ArrayOrList | None
+    class_axis: int
+    teacher_class_axis: int
+    dtype: DTypeLike | None
+    precision: jax.lax.PrecisionLike
+    chunk_size: int | None
+    width_axis_name: AxisName

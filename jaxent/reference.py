@@ -254,7 +254,8 @@ def distillation(
     teacher_softcap: float | None = None,
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Array | tuple[Array, TokenStats]:
     """Return KL(p, q), KL(q, p), or beta KL(p, m) + (1 - beta) KL(q, m), reduced.
 
     p is the teacher's distribution, q the student's, and m = beta p + (1 - beta) q.
@@ -270,7 +271,7 @@ def distillation(
     examples = x.shape, axis, targets, ignore_index, sample_weight, class_mask
     transforms = (logit_scale, softcap), (teacher_logit_scale, teacher_softcap)
     x, w = jnp.moveaxis(x, axis, -1), jnp.moveaxis(w, axis, -1)
-    return _distillation(x, w, examples, reduction, beta, temperature, transforms)
+    return _distillation(x, w, examples, reduction, beta, temperature, transforms, return_stats)
 
 
 @public
@@ -301,7 +302,8 @@ def linear_distillation(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
     width_axis_name: AxisName = None,
-) -> Array:
+    return_stats: bool = False,
+) -> Array | tuple[Array, TokenStats]:
     """Return the divergence of hidden @ kernel + bias from the teacher's."""
     names = axis_name, class_axis_name, width_axis_name
     rows = read_array("hidden", hidden).shape[:-1]
@@ -322,7 +324,7 @@ def linear_distillation(
         raise ValueError(f"logits are {list(x.shape)}, the teacher's {list(w.shape)}")
     examples = x.shape, x.ndim - 1, targets, ignore_index, sample_weight, class_mask
     transforms = (logit_scale, softcap), (teacher_logit_scale, teacher_softcap)
-    return _distillation(x, w, examples, reduction, beta, temperature, transforms)
+    return _distillation(x, w, examples, reduction, beta, temperature, transforms, return_stats)
 
 
 @public
@@ -393,9 +395,11 @@ def _distillation(
     beta: Any,
     temperature: Any,
     transforms: Any,
-) -> Array:
+    return_stats: bool,
+) -> Array | tuple[Array, TokenStats]:
     """Return the reduced divergences of the student's logits x and the teacher's w."""
     check_reduction(reduction)
+    check_return_stats(return_stats)
     (kind, beta), temperature = read_beta(beta), read_temperature(temperature)
     dtype = _wide(x.dtype, w.dtype)
     mask, s = _counted(dtype, *examples)
@@ -406,14 +410,13 @@ def _distillation(
     student = _logits(x, mask, *transforms[0])
     teacher = of_teacher(_logits)(w, mask, *transforms[1])
 
-    def log_softmax(logits: Array) -> Array:
+    def log_softmax(logits: Array) -> Any:
         finite = jnp.where(jnp.isinf(logits), 0, logits).astype(dtype)
-        log_p: Array = _log_softmax(jnp.where(jnp.isinf(logits), logits, finite / t))[0]
-        return log_p
+        return _log_softmax(jnp.where(jnp.isinf(logits), logits, finite / t))
 
     def divergence(lost: Array) -> Array:
         constant = jax.lax.stop_gradient(teacher(lost))
-        log_q, log_p = log_softmax(student(lost)), log_softmax(constant)
+        log_q, log_p = log_softmax(student(lost))[0], log_softmax(constant)[0]
         if kind == "forward":
             return _relative_entropy(log_p, log_q)
         if kind == "reverse":
@@ -424,10 +427,16 @@ def _distillation(
 
     lost = (s == 0) & ~jnp.isfinite(divergence(jnp.zeros(s.shape, bool)))
     terms = s * jnp.where(lost, 0, divergence(lost))
-    if reduction == "none":
-        return terms
-    total = jnp.sum(terms)
-    return total / _or_one(jnp.sum(s)) if reduction == "mean" else total
+    loss = terms
+    if reduction != "none":
+        loss = jnp.sum(terms) / (_or_one(jnp.sum(s)) if reduction == "mean" else 1)
+    if not return_stats:
+        return loss
+    uncounted = s == 0
+    p = jnp.exp(log_softmax(jax.lax.stop_gradient(teacher(uncounted)))[0])
+    prediction, target = (jnp.argmax(x(uncounted & False), -1) for x in (student, teacher))
+    log_q, lse = log_softmax(student(uncounted))
+    return loss, _stats(log_q, lse, p, prediction, prediction == target, ~uncounted)
 
 
 def _relative_entropy(log_p: Array, log_q: Array) -> Array:
@@ -440,15 +449,22 @@ def _relative_entropy(log_p: Array, log_q: Array) -> Array:
 def _token_stats(x: Array, e: _Examples, logit_scale: Any, softcap: Any) -> TokenStats:
     """Return the statistics of logits and examples."""
     logits, counted = _logits(x, e.class_mask, logit_scale, softcap), e.sample_weight != 0
-    log_p, lse = _log_softmax(logits(~counted))
-    p = jnp.exp(log_p)
     prediction = jnp.argmax(logits(jnp.zeros(counted.shape, bool)), -1)
     mass = e.target
     if e.places is not None:  # the most probable of those given, whatever the others' 0
         mass = jnp.where(jnp.any(e.places != 0, -2), mass, -jnp.inf)
     is_target = (prediction == jnp.argmax(mass, -1)) & ~jnp.isnan(e.nan)
+    log_p, lse = _log_softmax(logits(~counted))
+    return _stats(log_p, lse, e.target, prediction, is_target, counted)
+
+
+def _stats(
+    log_p: Array, lse: Array, q: Array, prediction: Array, is_target: Array, counted: Array
+) -> TokenStats:
+    """Return sum_c q_c log p_c, the log-normalizer, -sum_c p_c log p_c and the others."""
+    p = jnp.exp(log_p)
     return TokenStats(
-        log_prob=jnp.where(counted, jnp.sum(_safe_multiply(e.target, log_p), -1), 0),
+        log_prob=jnp.where(counted, jnp.sum(_safe_multiply(q, log_p), -1), 0),
         log_normalizer=jnp.where(counted, lse, 0),
         entropy=jnp.where(counted, -jnp.sum(_safe_multiply(p, log_p), -1), 0),
         prediction=jnp.where(counted, prediction.astype(jnp.int32), -1),

@@ -29,8 +29,18 @@ import jaxent
 from jaxent import reference
 from jaxent._forms import forced
 
+FLOATS = ("log_prob", "log_normalizer", "entropy")
 BETAS = (0.0, 1.0, 0.3, 0.01, "traced")
-OPTIONS = ("targets", "sample_weight", "class_mask", "scales", "caps", "temperature", "reduction")
+OPTIONS = (
+    "targets",
+    "sample_weight",
+    "class_mask",
+    "scales",
+    "caps",
+    "temperature",
+    "reduction",
+    "return_stats",
+)
 ULPS = 64
 
 
@@ -49,15 +59,19 @@ class Call:
         return dataclasses.replace(self, floats=floats, others=others)
 
     def run(self, function, **changes):
-        """The loss, and the gradients of the floats against the cotangent."""
+        """The loss, any statistics, and the gradients of the floats against the cotangent."""
 
         def scalar(floats):
-            loss = function(**{**self.others, **floats, **changes})
-            return jnp.sum(loss * (self.cotangent if loss.ndim else 1)), loss
+            found = function(**{**self.others, **floats, **changes})
+            loss, stats = found if self.others.get("return_stats") else (found, None)
+            total = jnp.sum(loss * (self.cotangent if loss.ndim else 1))
+            for factor, name in () if stats is None else enumerate(FLOATS, 2):
+                total += jnp.sum(getattr(stats, name) * self.cotangent / factor)
+            return total, (loss, stats)
 
         with jax.enable_x64(self.is_wide):
-            (_, loss), gradients = jit(jax.value_and_grad(scalar, has_aux=True))(self.floats)
-            return jax.tree.map(np.asarray, (loss, gradients))
+            (_, found), gradients = jit(jax.value_and_grad(scalar, has_aux=True))(self.floats)
+            return jax.tree.map(np.asarray, (*found, gradients))
 
     @property
     def is_wide(self):
@@ -124,6 +138,7 @@ def calls(draw, options=OPTIONS, shapes=SHAPES, dtypes=DTYPES, size=3.0, betas=B
     if mask is not None:
         others["class_mask"] = random.uniform(size=shape if mask == "full" else num_classes) < 0.7
     others["reduction"] = drawn("reduction", "none", "mean", "sum")
+    others["return_stats"] = drawn("return_stats", False, True)
     return Call(floats, others, random.normal(size=rows).astype(wide))
 
 
@@ -155,10 +170,20 @@ def head_calls(draw, options=OPTIONS, shapes=HEAD_SHAPES, dtypes=DTYPES, **keywo
 # ---- Law 2 and law 15: the formula -----------------------------------------------------------
 
 
+def assert_equal(actual, expected, ulps):
+    """Loss, statistics and gradients of two evaluations."""
+    (loss, stats, gradients), (wanted, wanted_stats, wanted_gradients) = actual, expected
+    assert_same((loss, gradients), (wanted, wanted_gradients), ulps)
+    for name in () if stats is None else jaxent.TokenStats._fields:
+        found = getattr(stats, name)
+        assert found.dtype == getattr(wanted_stats, name).dtype, name
+        assert_close(found, getattr(wanted_stats, name), ulps if name in FLOATS else 0, loss.dtype)
+
+
 @examples(5)
 @given(calls())
 def test_law_2_distillation_equals_its_reference(call):
-    assert_same(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
+    assert_equal(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
 @examples(4)
@@ -166,7 +191,7 @@ def test_law_2_distillation_equals_its_reference(call):
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
         actual = call.run(jaxent.linear_distillation)
-    assert_same(actual, call.run(reference.linear_distillation), 2 * ULPS)
+    assert_equal(actual, call.run(reference.linear_distillation), 2 * ULPS)
 
 
 @pytest.mark.parametrize("name", ["distillation", "linear_distillation"])
@@ -220,6 +245,17 @@ def test_beta_0_is_the_cross_entropy_of_the_teacher_less_its_entropy():
     p = jax.nn.softmax(W)
     wanted = jaxent.cross_entropy(X, p, axis=-1) - jaxent.cross_entropy(W, p, axis=-1)
     assert_close(jaxent.distillation(X, W), wanted, 16)
+
+
+def test_the_statistics_are_those_of_targets_that_are_the_teachers_probabilities():
+    for temperature in (1.0, 2.5):
+        loss, stats = jaxent.distillation(X, W, temperature=temperature, return_stats=True)
+        p = jax.nn.softmax(W / temperature)
+        wanted = jaxent.token_stats(X / temperature, p, axis=-1)
+        jax.tree.map(lambda a, b: assert_close(a, b, 16, "float32"), stats, wanted)
+        teacher = jaxent.token_stats(W / temperature, p, axis=-1)
+        assert_close(loss, jnp.mean(teacher.log_prob - stats.log_prob), 16)
+        assert_close(loss, jaxent.distillation(X, W, temperature=temperature), 0)
 
 
 # ---- Exactness -------------------------------------------------------------------------------
@@ -313,6 +349,22 @@ def test_law_13_a_nearly_certain_class_keeps_its_digits_whatever_product_its_log
         assert np.all(error <= unit * of_gradient[:n] / n)
 
 
+def test_law_13_statistics_of_a_nearly_certain_row_keep_their_digits():
+    random = np.random.default_rng(10)
+    x, w = ((random.normal(size=(8, 5)) + np.eye(5)[1] * c).astype("float32") for c in (21, 23))
+    eye = np.eye(5, dtype="float32")
+    with jax.enable_x64(True):
+        _, wanted = reference.distillation(*map(np.float64, (x, w)), return_stats=True)
+    _, dense = jit(functools.partial(jaxent.distillation, return_stats=True))(x, w)
+    heads = functools.partial(jaxent.linear_distillation, return_stats=True, chunk_size=2)
+    _, of_heads = jit(heads)(x, eye, w, eye)
+    for found in (dense, of_heads):
+        for name in ("log_prob", "entropy"):  # exp of a distance of 22 is rounded 22 times
+            np.testing.assert_allclose(
+                getattr(found, name), getattr(wanted, name), rtol=32 * eps("float32")
+            )
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
 def test_of_the_same_heads_divergence_and_gradient_are_0(beta):
     kernel = np.random.default_rng(2).normal(size=(9, 50)).astype("float32")
@@ -400,6 +452,14 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
 
     run = jax.value_and_grad(loss, (0, 1, 2))
     wanted = jit(run)(h[kept], k, np.ones(3, "float32"), th[kept])
+    _, stats = jaxent.linear_distillation(
+        h, k, th, tk, sample_weight=kept, chunk_size=5, return_stats=True
+    )
+    np.testing.assert_array_equal(stats.counted, kept)
+    for name in (*FLOATS, "correct"):
+        assert np.all(np.isfinite(getattr(stats, name)))
+        np.testing.assert_array_equal(getattr(stats, name)[~kept], 0)
+    np.testing.assert_array_equal(stats.prediction[~kept], -1)
     # The derivative by a weight of 0 is that of the loss of its token.
     each = jaxent.linear_distillation(h, k, th, tk, reduction="none", chunk_size=5)
     with forced(skip=True, block=2):
@@ -412,6 +472,11 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
 
 
 # ---- Second order ----------------------------------------------------------------------------
+
+
+def with_stats(loss, stats, total=jnp.sum):
+    """The loss and a function of the statistics that are floats, which has all derivatives."""
+    return loss + total(sum(jnp.sin(getattr(stats, name)) for name in FLOATS))
 
 
 @pytest.mark.parametrize(
@@ -433,17 +498,20 @@ def test_second_order_equals_the_reference(name, beta):
         x, s, t, scale, *rest = arrays
         options = keywords | {"sample_weight": s, "temperature": t, "logit_scale": scale}
         options["beta"] = rest.pop(0) if 0 < beta < 1 else beta
+        options["return_stats"] = True
         if name == "distillation":
-            return module.distillation(x, W, **options)
-        return module.linear_distillation(
-            x,
-            rest[0],
-            W[:, :5],
-            teacher,
-            bias=rest[1],
-            teacher_class_axis=0,
-            chunk_size=4,
-            **options,
+            return with_stats(*module.distillation(x, W, **options))
+        return with_stats(
+            *module.linear_distillation(
+                x,
+                rest[0],
+                W[:, :5],
+                teacher,
+                bias=rest[1],
+                teacher_class_axis=0,
+                chunk_size=4,
+                **options,
+            )
         )
 
     direction = [np.asarray(random.normal(size=np.shape(x)), "float32") for x in arrays]
@@ -500,14 +568,21 @@ def split_calls():
         return {"sample_weight": a["s"], "class_mask": a["m"], "temperature": a["t"], "beta": beta}
 
     def dense(a, names, beta):
-        return jaxent.distillation(a["x"], a["w"], **options(a, beta), **names)
+        found = jaxent.distillation(a["x"], a["w"], return_stats=True, **options(a, beta), **names)
+        return with_stats(*found, total_over(names))
 
     def head(a, names, beta):
         names = {"width_axis_name": "data", **names} if names else {}
-        return jaxent.linear_distillation(
+        found = jaxent.linear_distillation(
             a["h"], a["k"], a["th"], a["tk"], bias=a["bias"], teacher_class_axis=0, **names,
-            **options(a, beta),
+            return_stats=True, **options(a, beta),
         )  # fmt: skip
+        return with_stats(*found, total_over(names))
+
+    def total_over(names):
+        if not names:
+            return jnp.sum
+        return lambda values: jax.lax.psum(jnp.sum(values), names["axis_name"])
 
     logits = {"x": drawn(8, 12), "w": drawn(8, 12)}
     heads = {
@@ -568,6 +643,55 @@ def test_law_11_over_shards_it_is_that_of_the_whole(name, beta, wheres):
         jax.tree.map(lambda a, b: assert_close(a, b, 64), *map(jax.device_get, (found, wanted)))
 
 
+@pytest.mark.parametrize("name", ["dense", "head"])
+def test_law_11_second_order_over_shards_is_that_of_the_whole(name):
+    cases, specs = split_calls()
+    function, arrays = cases[name]
+    names = {"axis_name": "data", "class_axis_name": "model"}
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    spec = {k: P(*specs[k]) for k in arrays}
+    split = jax.shard_map(
+        lambda a: function(a, names, None), mesh=mesh, in_specs=(spec,), out_specs=P()
+    )
+    by = ["x"] if name == "dense" else ["h", "k"]
+
+    def second(function):
+        def slope(floats):
+            gradient = jax.grad(lambda floats: function(arrays | floats))(floats)
+            return sum(jnp.sum(jnp.sin(g)) for g in gradient.values())
+
+        return jit(jax.grad(slope))({k: arrays[k] for k in by})
+
+    found, wanted = second(split), second(lambda a: function(a, {}, None))
+    jax.tree.map(lambda a, b: assert_close(a, b, 256), *map(jax.device_get, (found, wanted)))
+
+
+@pytest.mark.parametrize("mapped", ["teacher", "beta"])
+def test_vmap_over_what_only_some_statistics_depend_on_has_all_gradients(mapped):
+    k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
+    teachers, betas = np.stack([W, -W, W[::-1]]), np.float32([0.2, 0.5, 0.9])
+
+    def of_one(x, k, i):
+        w, beta = (teachers[i], 0.5) if mapped == "teacher" else (W, betas[i])
+        return loss(x, k, w, beta)
+
+    def loss(x, k, w, beta):
+        dense = jaxent.distillation(x, w, beta=beta, return_stats=True)
+        heads = jaxent.linear_distillation(x, k, w, tk, beta=beta, return_stats=True)
+        return with_stats(*dense) + with_stats(*heads)
+
+    def of_all(x, k):
+        if mapped == "teacher":
+            return jnp.sum(jax.vmap(lambda w: loss(x, k, w, 0.5))(teachers))
+        return jnp.sum(jax.vmap(lambda beta: loss(x, k, W, beta))(betas))
+
+    found, wanted = (
+        jit(jax.value_and_grad(function, (0, 1)))(X, k)
+        for function in (of_all, lambda x, k: sum(of_one(x, k, i) for i in range(3)))
+    )
+    jax.tree.map(lambda a, b: assert_close(a, b, 64), found, wanted)
+
+
 H, K = X[:, :5], np.random.default_rng(8).normal(size=(5, 40)).astype("float32")
 T = np.random.default_rng(9).normal(size=(9, 40)).astype("float32")
 
@@ -603,12 +727,14 @@ def scratch(function, *arguments):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_that_of_linear_cross_entropy():
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_memory_is_that_of_linear_cross_entropy(return_stats):
     h, k, y = shape(2048, 256), shape(256, 65536), shape(2048, dtype="int32")
     th, tk = shape(2048, 512), shape(512, 65536)
 
     def loss(h, k, th, tk):
-        return jaxent.linear_distillation(h, k, th, tk, beta=0.5)
+        found = jaxent.linear_distillation(h, k, th, tk, beta=0.5, return_stats=return_stats)
+        return with_stats(*found) if return_stats else found
 
     def cross_entropy(h, k, y):
         return jaxent.linear_cross_entropy(h, k, y, ignore_index=None)
@@ -620,13 +746,15 @@ def test_memory_is_that_of_linear_cross_entropy():
     def second(h, k, th, tk):
         return jax.jvp(lambda h, k: jax.grad(loss, (0, 1))(h, k, th, tk), (h, k), (h, k))[1]
 
-    assert scratch(second, h, k, th, tk) <= 36e6  # a kernel's gradient is 67 MB
+    # A kernel's gradient is 67 MB.
+    assert scratch(second, h, k, th, tk) <= (42e6 if return_stats else 36e6)
 
 
-def test_the_first_order_goes_over_the_heads_once_for_each_sum_and_gradient():
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_the_first_order_goes_over_the_heads_once_for_each_sum_and_gradient(return_stats):
     """Eight products: of each head for its normalizer, the terms and the gradients; and those."""
-    loss = lambda h, k: jaxent.linear_distillation(h, k, W, T)  # noqa: E731
-    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(H, K)
+    loss = lambda h, k: jaxent.linear_distillation(h, k, W, T, return_stats=return_stats)  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=return_stats))(H, K)
     assert str(jaxpr).count("dot_general[") == 8
 
 
@@ -640,6 +768,7 @@ WRONG = {
     "soft": ({"targets": np.ones((6, 9))}, TypeError, "only say which examples are ignored"),
     "softcap": ({"teacher_softcap": 0}, ValueError, "teacher_softcap must be a positive"),
     "scale": ({"teacher_logit_scale": X}, ValueError, "teacher_logit_scale must be a scalar"),
+    "stats": ({"return_stats": 1}, TypeError, "return_stats must be True or False, got "),
     "reduction": ({"reduction": "batchmean"}, ValueError, "reduction must be one of"),
 }
 

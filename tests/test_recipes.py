@@ -26,8 +26,9 @@ COUNTED = TARGETS != -100
 
 @functools.cache
 def recipe(page):
-    """What the page's block defines."""
-    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    """What the page's blocks define."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+    block = "\n".join(blocks)
     namespace = {"__name__": page}
     exec(compile(block, f"{page}.md", "exec"), namespace)
     return namespace
@@ -104,6 +105,19 @@ def test_teacher_distillation(beta):
         return 0.5 * mean_loss(hidden, kernel, TARGETS) + 0.5 * 4 * mean_of(losses, COUNTED)
 
     assert_same(loss, plain, HIDDEN, KERNEL)
+    log_p, log_q = (
+        jax.nn.log_softmax(x)[COUNTED] for x in (teacher_hidden @ teacher_kernel, HIDDEN @ KERNEL)
+    )
+    _, metrics = jax.jit(recipe("teacher_distillation")["distillation_and_metrics"])(
+        spoilt(HIDDEN), KERNEL, (spoilt(teacher_hidden), teacher_kernel), TARGETS
+    )
+    wanted = {
+        "agreement": jnp.mean(jnp.argmax(log_p, -1) == jnp.argmax(log_q, -1)),
+        "entropy": -jnp.mean(jnp.sum(jnp.exp(log_q) * log_q, -1)),
+        "teacher_entropy": -jnp.mean(jnp.sum(jnp.exp(log_p) * log_p, -1)),
+    }
+    for name, value in wanted.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
 
 
 def spoilt(hidden, counted=COUNTED):

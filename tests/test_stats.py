@@ -1,5 +1,7 @@
 """What `return_stats` returns beside a loss: the statistics of the same pass, differentiable."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from calls import (
 )
 from flax import nnx
 from hypothesis import given
+from jax.sharding import PartitionSpec as P
 from sharded import make_mesh
 from test_laws import over_halves_of_the_classes
 
@@ -224,6 +227,43 @@ def test_law_11_statistics_on_a_mesh_equal_the_whole(made_forward, kind):
         lambda a, b: assert_close(a, b, ULPS, "float32"), tuple(stats), tuple(expected_stats)
     )
     jax.tree.map(lambda a, b: assert_close(a, b, ULPS), gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("made_forward", FORMS.values(), ids=FORMS)
+def test_law_11_second_order_on_a_mesh_equals_the_whole(made_forward, soft):
+    hidden, kernel, targets = head()
+    specs = P("data"), P(None, "model"), P("data", "model") if soft else P("data")
+    if soft:
+        targets = np.random.default_rng(1).dirichlet(np.ones(40), 8).astype("float32")
+
+    def total(hidden, kernel, targets, **names):
+        loss, stats = jaxent.linear_cross_entropy(
+            hidden, kernel, targets, reduction="none", return_stats=True, **names
+        )
+        each = loss**2 + stats.entropy**2 + jnp.sin(stats.log_prob)
+        return jax.lax.psum(jnp.sum(each), "data") if names else jnp.sum(each)
+
+    def second(function):
+        def slope(hidden, kernel, targets):
+            gradients = jax.grad(function, (0, 1))(hidden, kernel, targets)
+            return sum(jnp.sum(g**2) for g in gradients)
+
+        return jax.jit(jax.grad(slope, (0, 1)))
+
+    with forced(made_forward=made_forward, block=3):
+        expected = second(total)(hidden, kernel, targets)
+        for kind in ("auto", "explicit"):
+            mesh = make_mesh(kind, data=2, model=4)
+            function = total
+            if kind == "auto":
+                split = functools.partial(total, class_axis_name="model")
+                function = jax.shard_map(split, mesh=mesh, in_specs=specs, out_specs=P())
+            with jax.set_mesh(mesh):
+                shardings = [jax.sharding.NamedSharding(mesh, spec) for spec in specs]
+                placed = jax.device_put((hidden, kernel, targets), tuple(shardings))
+                actual = jax.device_get(second(function)(*placed))
+            jax.tree.map(lambda a, b: assert_close(a, b, 4 * ULPS), actual, expected)
 
 
 def test_objects_return_statistics_where_the_call_asks_for_them():

@@ -150,6 +150,22 @@ def test_vmap_raises_where_sums_are_no_single_output():
 
 
 @pytest.mark.skipif(OLD, reason="older JAX raises nothing")
+def test_vmap_maps_all_outputs_of_a_rule_with_symbolic_zeros_or_none():
+    logits, teacher = jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
+
+    def total(logits):
+        def of_one(beta):
+            loss, stats = jaxent.distillation(logits, teacher, beta=beta, return_stats=True)
+            return loss + stats.entropy.sum()
+
+        return jax.vmap(of_one)(jnp.array([0.2, 0.7])).sum()
+
+    assert jnp.all(jnp.isfinite(jax.grad(total)(logits)))
+    with _xla.without("mapped_alike"), pytest.raises(ValueError, match="shared across the batch"):
+        jax.grad(total)(logits)
+
+
+@pytest.mark.skipif(OLD, reason="older JAX raises nothing")
 def test_zeros_are_split_like_what_they_are_for_on_a_mesh_that_is_not_set():
     test_sharding.test_jit_needs_no_ambient_mesh("explicit")
     with _xla.without("zeros_like"), pytest.raises(Exception, match="same sharding"):
@@ -185,7 +201,7 @@ def test_largest_logits_are_not_0_from_themselves_in_every_loop():
 
 
 def test_a_workaround_is_counted_here_and_says_where_it_was_seen():
-    of_its_own = {"packed", "zeros_like", "class_numbers", "rounded"}
+    of_its_own = {"packed", "mapped_alike", "zeros_like", "class_numbers", "rounded"}
     assert COUNTED.keys() | of_its_own == _xla.WORKAROUNDS.keys()
     for function in _xla.WORKAROUNDS.values():
         assert "jax 0." in " ".join(function.__doc__.split()), function.__name__

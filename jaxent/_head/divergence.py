@@ -14,21 +14,30 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import (
+    SymbolicZero,
+    custom_vjp_primal_tree_values,
+    zero_from_primal,
+)
 
 from .._axes import Names, psum, vary_alike, vary_like
 from .._divergence import (
     Form,
     Softmax,
     Sums,
+    Values,
+    asked,
     combine_rests,
     divergence_gradients,
     moved,
+    stats_of,
     sum_of_others,
     sums_of,
+    values_of,
 )
 from .._numerics import compute_dtype
-from .._rows import first_best
+from .._reduction import TokenStats
+from .._rows import combine_argmax, first_best
 from .._xla import is_inside, is_widened_on_cpu, scatter_slice, with_cpu_plan
 from .chunks import (
     Chunk,
@@ -113,7 +122,7 @@ class Around(NamedTuple):
     """What is known of all chunks when gradients are made."""
 
     sums: Sums  # over all classes, (N, 1)
-    cotangent: Array  # of the divergence, (N, 1)
+    cotangents: Values
 
 
 def head_divergences(
@@ -124,8 +133,8 @@ def head_divergences(
     beta: Any,
     sample_weight: Array,
     classes: Names,
-) -> Array:
-    """Return the divergence of each token, (N, 1).
+) -> tuple[Array, TokenStats | None]:
+    """Return the divergence of each token, (N, 1), and the statistics that the form asks for.
 
     Args:
       plans: the static part. With `skip`, the divergence of a token that is uncounted is 0, unless
@@ -137,25 +146,36 @@ def head_divergences(
       classes: mapped axes over which the classes are split.
     """
     heads = heads._replace(teacher=jax.lax.stop_gradient(heads.teacher))
-    uncounted = fixed.student.uncounted
+    uncounted, same_coolness = fixed.student.uncounted, coolness  # on all shards of the classes
     heads, fixed, coolness, beta, sample_weight = vary_alike(
         heads, fixed, coolness, beta, sample_weight
     )
 
-    def read(plan: Plan, head: Head, fixed: Fixed) -> Softmax:
-        shift, rest = _streamed_rest(plan, plans.dtype, head, fixed, coolness, sample_weight)
-        softmax = Softmax(None, transform_of(head, fixed), jax.lax.stop_gradient(shift), rest)
-        return combine_rests(softmax, coolness, classes)
+    def read(plan: Plan, head: Head, fixed: Fixed) -> tuple[Softmax, Any]:
+        arguments = plan, plans.dtype, head, fixed, coolness, sample_weight
+        shift, rest, prediction = _streamed_rest(*arguments)
+        shift = jax.lax.stop_gradient(shift)
+        if prediction is not None:
+            num_classes = head.kernel.shape[plan.class_axis]
+            prediction, _ = combine_argmax(shift, prediction, num_classes, classes)
+        softmax = Softmax(None, transform_of(head, fixed), shift, rest)
+        return combine_rests(softmax, coolness, classes), prediction
 
-    student, teacher = map(read, plans.pair, heads, fixed)
+    (student, prediction), (teacher, target) = map(read, plans.pair, heads, fixed)
     shifts, rests = Pair(student.shift, teacher.shift), Pair(student.rest, teacher.rest)
     floats = Floats(heads, rests, coolness, beta)
     parts = _streamed_terms(plans, floats, fixed, shifts, sample_weight)
     sums = psum(parts, classes)
     lost = uncounted & ~jnp.isfinite(jax.lax.stop_gradient(sums.divergence))
     sums = jax.tree.map(lambda x: jnp.where(lost, 0, x), sums)
-    varying = vary_alike(parts.divergence, floats, fixed, shifts, sums)
-    return jnp.where(lost, 0, psum(_with_gradient(plans, *varying), classes))
+    values = values_of(student, parts.divergence, parts, classes)
+    varying = vary_alike(values, floats, fixed, shifts, sums)
+    values = psum(_with_gradient(plans, *varying), classes)
+    divergence = jnp.where(lost, 0, values.divergence)
+    if not plans.form.stats:
+        return divergence, None
+    predictions = prediction, target
+    return divergence, stats_of(values, student.shift, predictions, same_coolness, uncounted)
 
 
 # As `_divergence._with_gradient`.
@@ -163,25 +183,27 @@ def head_divergences(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_gradient(
-    plans: Plans, divergence: Array, floats: Floats, fixed: Pair, shifts: Pair, sums: Sums
-) -> Array:
-    """Return the divergence, whose gradient this is: the other sums are constants to it."""
-    return divergence
+    plans: Plans, values: Values, floats: Floats, fixed: Pair, shifts: Pair, sums: Sums
+) -> Values:
+    """Return the values, whose gradients these are: the other sums are constants to them."""
+    return values
 
 
-def _with_gradient_fwd(plans: Plans, divergence: Array, *arguments: Any) -> tuple[Array, Any]:
-    return divergence, arguments
+def _with_gradient_fwd(plans: Plans, values: Any, *arguments: Any) -> tuple[Values, Any]:
+    primals: tuple[Values, Any] = custom_vjp_primal_tree_values((values, arguments))
+    return primals
 
 
-def _with_gradient_bwd(plans: Plans, arguments: Any, cotangent: Array) -> tuple[Any, ...]:
+def _with_gradient_bwd(plans: Plans, arguments: Any, cotangents: Any) -> tuple[Any, ...]:
     floats, fixed, shifts, sums = arguments
-    around = Around(sums, cotangent)
+    form, sums, cotangents = asked(plans.form, sums, cotangents)
+    plans, around = dataclasses.replace(plans, form=form), Around(sums, cotangents)
     head, d_coolness, d_beta = _gradients(plans, (floats, around), fixed, shifts)
     head = blank_hidden(head, fixed.student.uncounted)
     return None, Floats(Pair(head, None), None, d_coolness, d_beta), None, None, None
 
 
-_with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd)
+_with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd, symbolic_zeros=True)
 
 
 # ---- The passes ------------------------------------------------------------------------------
@@ -190,10 +212,13 @@ _with_gradient.defvjp(_with_gradient_fwd, _with_gradient_bwd)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _streamed_rest(
     plan: Plan, dtype: Any, head: Head, fixed: Fixed, coolness: Any, sample_weight: Array
-) -> tuple[Array, Array]:
-    """Return shift and rest of each token's softmax, (N, 1); 0 for those that are skipped."""
+) -> tuple[Array, Array, Array | None]:
+    """Return shift and rest of each token's softmax, (N, 1); 0 for those that are skipped.
 
-    def function(plan: Plan, *arguments: Any) -> tuple[Array, Array]:
+    The third is its most probable class, for statistics alone.
+    """
+
+    def function(plan: Plan, *arguments: Any) -> tuple[Array, Array, Array | None]:
         return _rest_pass(dtype, plan, *arguments)
 
     return on_platform(function, plan, head, fixed, coolness)
@@ -201,41 +226,46 @@ def _streamed_rest(
 
 def _rest_pass(
     dtype: Any, plan: Plan, head: Head, fixed: Fixed, coolness: Any
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array | None]:
     blocks = blocks_of(plan, fixed)
     head, fixed = head.by_token(blocks.first), fixed.by_token(blocks.first)
 
     def turn(rows: Any, chunk: Chunk, fixed: Fixed) -> tuple[Any, None]:
-        shift, rest = rows
+        shift, rest, best = rows
         softmax = _softmax(plan, chunk, fixed, shift)
         z = softmax.z
         if chunk.class_mask is not None:
             z = jnp.where(chunk.class_mask, z, -jnp.inf)
         top = jnp.max(z, -1, keepdims=True)
         is_largest = top > shift
+        first = first_best(z, -1)
+        if best is not None:
+            stays = is_largest | (jnp.isnan(top) & ~jnp.isnan(shift))  # as argmax
+            best = jnp.where(stays, chunk.start + first, best)
         top = jnp.maximum(shift, top)
-        apart = jnp.where(is_largest, first_best(z, -1), -1)
+        apart = jnp.where(is_largest, first, -1)
         before = moved(jnp.where(is_largest, shift - top, 0), rest, coolness)
         # None is apart where XLA computes no z as it did its maximum: its 1 is among the others.
         before -= jnp.where(is_inside(apart, -1, z), 0, 1)
         softmax = softmax._replace(shift=top)
         others = sum_of_others(-1, softmax, chunk.class_mask, coolness, apart)
-        return (top, jnp.where(is_largest, before, rest) + others), None
+        return (top, jnp.where(is_largest, before, rest) + others, best), None
 
     def step(rows: Any, i: Array) -> tuple[Any, None]:
         return blocks.run(turn, rows, read_chunk(plan, head, fixed, i), fixed)
 
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
-    none = vary_like(head.hidden, (zeros + jnp.finfo(dtype).min, zeros - 1))
+    no_class = jnp.zeros(zeros.shape, jnp.int32) if plan.stats else None
+    none = vary_like(head.hidden, (zeros + jnp.finfo(dtype).min, zeros - 1, no_class))
     rows, _ = jax.lax.scan(step, none, chunk_numbers(plan, head))
     return _back(plan, blocks, rows)
 
 
 def _streamed_rest_jvp(
     plan: Plan, dtype: Any, primals: Any, tangents: Any
-) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     head, fixed, coolness, _ = primals
-    shift, rest = _streamed_rest(_asked(plan, tangents[-1]), dtype, *primals)
+    shift, rest, best = _streamed_rest(_asked(plan, tangents[-1]), dtype, *primals)
     plan = finer(whole(plan))
     no_class = jnp.full(shift.shape, -1, jnp.int32)
 
@@ -247,7 +277,8 @@ def _streamed_rest_jvp(
 
     floats, d_floats = (head, coolness), (tangents[0], tangents[2])
     d_rest = _sum_of_tangents(plan, head, local, floats, d_floats, jnp.zeros_like(rest))
-    return (shift, rest), (jnp.zeros_like(shift), d_rest)
+    d_best = None if best is None else zero_from_primal(best)
+    return (shift, rest, best), (jnp.zeros_like(shift), d_rest, d_best)
 
 
 _streamed_rest.defjvp(_streamed_rest_jvp, symbolic_zeros=True)
@@ -277,7 +308,8 @@ def _terms_pass(plans: Plans, floats: Floats, fixed: Pair, shifts: Pair) -> Sums
         return after
 
     zeros = jnp.zeros((heads.student.hidden.shape[0], 1), plans.dtype)
-    none = vary_like(heads.student.hidden, Sums(zeros, zeros, zeros))
+    others = (zeros, zeros) if plans.form.stats else ()
+    none = vary_like(heads.student.hidden, Sums(zeros, zeros, zeros, *others))
     sums, _ = jax.lax.scan(step, none, chunk_numbers(plans.student, heads.student))
     back: Sums = _back(plans.student, blocks, sums)
     return back

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from .._axes import Tree, vary_alike, vary_like
 from .._numerics import compute_dtype
@@ -40,7 +41,6 @@ from .streaming import (
     pack,
     streamed_sums,
     unpack,
-    values_of,
 )
 
 Terms = Callable[[Any, Array, RowSums, Any], Array]
@@ -90,7 +90,7 @@ def _sum(terms: Terms, rows: Any, fixed: Fixed, of_tokens: Rows) -> Array:
 def _total_fwd(plan: Plan, terms: Terms, head: Any, rows: Any, fixed: Any) -> tuple[Any, Any]:
     if rows.targets.sample_weight.perturbed:
         plan = dataclasses.replace(plan, skip=False)
-    head, rows, fixed = values_of((head, rows, fixed))
+    head, rows, fixed = custom_vjp_primal_tree_values((head, rows, fixed))
     total, of_tokens, (d_head, d_rows) = _total_and_gradients(plan, terms, (head, rows), fixed)
     gradients = blank_hidden(d_head, fixed.uncounted), d_rows
     like = jax.tree.map(lambda x: jnp.zeros((), x.dtype), (head, rows))

@@ -12,14 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.custom_derivatives import custom_vjp_primal_tree_values, zero_from_primal
 
 from .._axes import vary_alike, vary_like
 from .._dense import keeps_mass_apart, row_max, set_sums
 from .._numerics import compute_dtype
 from .._rows import RowSums, Transform, merge
-from .._xla import packed, scatter_slice, unpacked
+from .._xla import mapped_alike, packed, scatter_slice, unpacked
 from .chunks import (
     Around,
     Chunk,
@@ -69,8 +69,7 @@ def head_sums(
     return jax.lax.stop_gradient(shift), sums, best
 
 
-# The class is an output of its own, as no float has the number of each: it is selected by the sums,
-# so that `vmap` maps both or neither, as `packed` is for.
+# The class is an output of its own, as no float has the number of each.
 def pack(head: Head, fixed: Fixed, rows: Rows) -> tuple[tuple[Any, Array | None], Residuals]:
     """Return the rows as a primitive does, and what their gradient needs."""
     shift, sums, best = rows
@@ -79,7 +78,7 @@ def pack(head: Head, fixed: Fixed, rows: Rows) -> tuple[tuple[Any, Array | None]
     values = packed((shift, sums), -1)
     residuals = head, fixed._replace(best=best), shift
     if best is not None:
-        best = jnp.where(jnp.any(values > 0, -1, keepdims=True), best, best)
+        best = mapped_alike(best, values[:, :1])
     return (values, best), residuals
 
 
@@ -121,7 +120,8 @@ def _packed_sums_and_residuals(
 def _packed_sums_fwd(plan: Plan, head: Any, fixed: Any, sample_weight: Any) -> Any:
     if sample_weight.perturbed:
         plan = whole(plan)
-    return _packed_sums_and_residuals(plan, *values_of((head, fixed, sample_weight)))
+    values = custom_vjp_primal_tree_values((head, fixed, sample_weight))
+    return _packed_sums_and_residuals(plan, *values)
 
 
 def _packed_sums_bwd(plan: Plan, residuals: Residuals, cotangent: Any) -> tuple[Head, None, None]:
@@ -137,12 +137,6 @@ def gradients_of_rows(plan: Plan, residuals: Residuals, cotangent: Any) -> Head:
 
 
 _packed_sums.defvjp(_packed_sums_fwd, _packed_sums_bwd, symbolic_zeros=True)
-
-
-def values_of(primals: Any) -> Any:
-    """Return the values of what a custom_vjp's rule gets with `symbolic_zeros`."""
-    marked = jax.custom_derivatives.CustomVJPPrimal
-    return jax.tree.map(lambda x: x.value, primals, is_leaf=lambda x: isinstance(x, marked))
 
 
 def cast_like(gradients: Head, head: Head) -> Head:
@@ -256,7 +250,7 @@ def _sums_jvp(plan: Plan, primals: tuple[Head, Fixed, Array], tangents: Any) -> 
     steps = chunk_numbers(plan, head)
     zeros = vary_like(head.hidden, jax.tree.map(jnp.zeros_like, sums))
     d_sums, _ = jax.lax.scan(step, zeros, steps)
-    d_best = None if best is None else np.zeros(best.shape, jax.dtypes.float0)
+    d_best = None if best is None else zero_from_primal(best)
     return (shift, sums, best), (jnp.zeros_like(shift), d_sums, d_best)
 
 

@@ -28,7 +28,15 @@ from .heads import (
     take_slice,
     with_cpu_plan,
 )
-from .kept import computed_again, once_per_row, packed, rounded, sums_of, unpacked
+from .kept import (
+    computed_again,
+    mapped_alike,
+    once_per_row,
+    packed,
+    rounded,
+    sums_of,
+    unpacked,
+)
 from .mass import mass_sums
 from .one_loop import in_one_loop, sum_at_once
 from .registry import SWITCHED_OFF, WORKAROUNDS, without
@@ -46,6 +54,7 @@ __all__ = [
     "is_inside",
     "is_last",
     "is_widened_on_cpu",
+    "mapped_alike",
     "mass_sums",
     "moment_of_others",
     "once_per_row",

@@ -112,3 +112,13 @@ def unpacked(structure: Any, packed: Any, axis: int) -> Any:
     if not isinstance(packed, Array):
         return packed
     return jax.tree.unflatten(structure, jnp.split(packed, packed.shape[axis], axis))
+
+
+@workaround(lambda values, like: values)
+def mapped_alike(values: Any, like: Array) -> Any:
+    """Return arrays (..., 1, ...), mapped where `like` is, beside which a custom_vjp returns them.
+
+    As `packed` (jax 0.12.0.1), for what is not to be one array with it: what has integers, or a
+    cotangent that may be a symbolic zero by itself. XLA takes the selection out again.
+    """
+    return jax.tree.map(lambda x: jnp.where(like > 0, x, x), values)

@@ -43,8 +43,12 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
 def both(logits: Array, labels: Array, kernel: Array) -> list[Array]:
     loss, stats = jaxent.cross_entropy(logits, labels, z_loss=1e-4, return_stats=True)
     streamed, of_head = jaxent.linear_cross_entropy(logits, kernel, labels, return_stats=True)
+    divergence, of_student = jaxent.distillation(logits, logits, return_stats=True)
+    heads = logits, kernel, logits, kernel
+    of_heads, of_student_head = jaxent.linear_distillation(*heads, beta=0.5, return_stats=True)
     alone: Array = jaxent.cross_entropy(logits, labels, return_stats=False)
-    return [loss, stats.counted, streamed, of_head.entropy, alone]
+    found = [loss, stats.counted, streamed, of_head.entropy, alone]
+    return [*found, divergence, of_student.log_prob, of_heads, of_student_head.correct]
 
 
 def objects(logits: Array, labels: Array, kernel: Array, rngs: nnx.Rngs) -> list[Array]:
