@@ -250,10 +250,10 @@ def read_axis(axis: Any, ndim: int, name: str) -> int:
     return number % ndim
 
 
-def read_num_classes(num_classes: Any) -> int:
-    number = _read_integer("num_classes", num_classes, "a Python integer")
+def read_positive(name: str, value: Any, wanted: str = "a positive integer") -> int:
+    number = _read_integer(name, value, wanted)
     if number < 1:
-        raise ValueError(f"num_classes must be positive, got {number}")
+        raise ValueError(f"{name} must be {wanted}, got {number}")
     return number
 
 
@@ -675,9 +675,4 @@ def read_bias(bias: Any, num_classes: int) -> Any:
 def read_chunk_size(chunk_size: Any) -> int | None:
     if chunk_size is None:
         return None
-    if not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
-        raise ValueError(
-            "chunk_size must be a positive integer or None, got "
-            f"{_static('chunk_size', chunk_size)}"
-        )
-    return int(chunk_size)
+    return read_positive("chunk_size", chunk_size, "a positive integer or None")

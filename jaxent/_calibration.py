@@ -15,6 +15,7 @@ from ._arguments import (
     read_array,
     read_class_axis,
     read_logits,
+    read_positive,
     read_sample_weight,
     read_targets,
 )
@@ -28,7 +29,6 @@ from ._metric_inputs import (
     check_size,
     logits_and_targets,
     read_like,
-    read_positive,
     taken,
     with_mask,
 )

@@ -5,7 +5,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
-from ._arguments import ArrayOrList, read_index_targets, read_num_classes, whole_numbers
+from ._arguments import ArrayOrList, read_index_targets, read_positive, whole_numbers
 from ._calls import public
 from ._targets import read_indices
 
@@ -40,7 +40,7 @@ def check_targets(
       ...
       ValueError: targets[1, 0] is 10, outside [0, 10) and not ignore_index=-100; 2 of 4 targets are
     """
-    num_classes = read_num_classes(num_classes)
+    num_classes = read_positive("num_classes", num_classes)
     wanted = "check_targets takes class indices; class probabilities may be any floats"
     read, ignored = read_index_targets(targets, ignore_index, wanted)
     allowed = "" if ignore_index is None else f" and not ignore_index={ignore_index}"

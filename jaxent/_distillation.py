@@ -128,6 +128,14 @@ def distillation(
     return_stats: Literal[False] = ...,
     **keywords: Unpack[DistillationKeywords],
 ) -> Array: ...
+@overload
+def distillation(
+    logits: ArrayOrList,
+    teacher_logits: ArrayOrList,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[DistillationKeywords],
+) -> Array | tuple[Array, TokenStats]: ...
 @public
 def distillation(
     logits: ArrayOrList,
@@ -317,6 +325,16 @@ def linear_distillation(
     return_stats: Literal[False] = ...,
     **keywords: Unpack[LinearDistillationKeywords],
 ) -> Array: ...
+@overload
+def linear_distillation(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    teacher_hidden: ArrayOrList,
+    teacher_kernel: ArrayOrList,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[LinearDistillationKeywords],
+) -> Array | tuple[Array, TokenStats]: ...
 @public
 def linear_distillation(
     hidden: ArrayOrList,

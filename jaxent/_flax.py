@@ -328,6 +328,15 @@ class CrossEntropyLoss(_Loss):
         return_stats: Literal[False] = ...,
         **keywords: Unpack[CrossEntropyKeywords],
     ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        logits: ArrayOrList,
+        targets: TargetsLike,
+        *,
+        return_stats: bool,
+        **keywords: Unpack[CrossEntropyKeywords],
+    ) -> Array | tuple[Array, TokenStats]: ...
     def __call__(
         self,
         logits: ArrayOrList,
@@ -440,6 +449,16 @@ class LinearCrossEntropyLoss(_Loss):
         return_stats: Literal[False] = ...,
         **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array: ...
+    @overload
+    def __call__(
+        self,
+        hidden: ArrayOrList,
+        kernel: ArrayOrList,
+        targets: TargetsLike,
+        *,
+        return_stats: bool,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array | tuple[Array, TokenStats]: ...
     def __call__(
         self,
         hidden: ArrayOrList,

@@ -94,6 +94,15 @@ def linear_cross_entropy(
     return_stats: Literal[False] = ...,
     **keywords: Unpack[LinearCrossEntropyKeywords],
 ) -> Array: ...
+@overload
+def linear_cross_entropy(
+    hidden: ArrayOrList,
+    kernel: ArrayOrList,
+    targets: TargetsLike,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[LinearCrossEntropyKeywords],
+) -> Array | tuple[Array, TokenStats]: ...
 @public
 def linear_cross_entropy(
     hidden: ArrayOrList,

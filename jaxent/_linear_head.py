@@ -119,6 +119,15 @@ class LinearHead(nnx.Linear):
         return_stats: Literal[False] = ...,
         **keywords: Unpack[LinearCrossEntropyKeywords],
     ) -> Array: ...
+    @overload
+    def loss(
+        self,
+        hidden: Array,
+        targets: TargetsLike,
+        *,
+        return_stats: bool,
+        **keywords: Unpack[LinearCrossEntropyKeywords],
+    ) -> Array | tuple[Array, TokenStats]: ...
     def loss(
         self,
         hidden: Array,

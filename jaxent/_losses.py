@@ -215,6 +215,14 @@ def cross_entropy(
     return_stats: Literal[False] = ...,
     **keywords: Unpack[CrossEntropyKeywords],
 ) -> Array: ...
+@overload
+def cross_entropy(
+    logits: ArrayOrList,
+    targets: TargetsLike,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[CrossEntropyKeywords],
+) -> Array | tuple[Array, TokenStats]: ...
 @public
 def cross_entropy(
     logits: ArrayOrList,

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import operator
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
@@ -27,16 +26,6 @@ class StatsKeywords(TypedDict, total=False):
 
 OF_STATS = tuple(StatsKeywords.__annotations__)
 OUTPUTS = ("logits", "targets", "labels", "sample_weight", "mask")
-
-
-def read_positive(name: str, value: Any) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return number
 
 
 def check_size(shape: tuple[int, ...]) -> None:

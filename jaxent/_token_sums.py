@@ -17,6 +17,7 @@ from ._arguments import (
     read_class_mask,
     read_logit_scale,
     read_logits,
+    read_positive,
     read_sample_weight,
     read_softcap,
     read_targets,
@@ -31,7 +32,6 @@ from ._metric_inputs import (
     check_size,
     logits_and_targets,
     read_like,
-    read_positive,
     taken,
     with_mask,
 )

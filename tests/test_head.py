@@ -194,13 +194,16 @@ def test_refused_while_tracing(case, function):
         jax.eval_shape(lambda: function(*arguments, **keywords))
 
 
-@pytest.mark.parametrize("chunk_size", [0, -1, 2.5, "all"])
-def test_chunk_size_that_is_none_is_refused(chunk_size):
+@pytest.mark.parametrize(
+    ("chunk_size", "error"),
+    [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("all", TypeError), (True, TypeError)],
+)
+def test_chunk_size_that_is_none_is_refused(chunk_size, error):
     for make in (
         lambda: jaxent.LinearCrossEntropyLoss(chunk_size=chunk_size),
         lambda: jaxent.linear_cross_entropy(HIDDEN, KERNEL, TARGETS, chunk_size=chunk_size),
     ):
-        with pytest.raises(ValueError, match="chunk_size must be a positive integer or None"):
+        with pytest.raises(error, match="chunk_size must be a positive integer or None, got "):
             make()
 
 

@@ -511,11 +511,13 @@ STATS = jaxent.token_stats(LOGITS, TARGETS)
 WRONG = {
     "sample_weight is": lambda: TokenSums.from_stats(STATS, sample_weight=WEIGHT[0]),
     "num_bytes is": lambda: TokenSums.from_stats(STATS, num_bytes=BYTES[0]),
-    "top_k must be a positive integer": lambda: TokenSums.from_logits(LOGITS, TARGETS, top_k=0),
+    "top_k must be a positive integer, got 0": lambda: TokenSums.from_logits(
+        LOGITS, TARGETS, top_k=0
+    ),
     "top_k is for class indices": lambda: TokenSums.from_logits(
         LOGITS, jax.nn.softmax(LOGITS), axis=-1, top_k=2
     ),
-    "num_bins must be a positive integer": lambda: Calibration.empty(0),
+    "num_bins must be a positive integer, got 0": lambda: Calibration.empty(0),
     "correct is": lambda: Calibration.from_confidence(CONFIDENCE, CORRECT[:5]),
     "more than the 134217728": lambda: jax.eval_shape(
         TokenSums.from_stats, jax.tree.map(lambda x: jax.ShapeDtypeStruct((2**28,), x.dtype), STATS)
@@ -527,3 +529,12 @@ WRONG = {
 def test_a_wrong_argument_is_named(message):
     with pytest.raises(ValueError, match=message):
         WRONG[message]()
+
+
+@pytest.mark.parametrize("number", [2.0, "all", True, None])
+def test_a_number_of_things_is_an_integer(number):
+    with pytest.raises(TypeError, match="num_bins must be a positive integer, got "):
+        Calibration.empty(number)
+    if number is not None:
+        with pytest.raises(TypeError, match="top_k must be a positive integer, got "):
+            TokenSums.from_logits(LOGITS, TARGETS, top_k=number)

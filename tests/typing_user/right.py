@@ -51,6 +51,19 @@ def both(logits: Array, labels: Array, kernel: Array) -> list[Array]:
     return [*found, divergence, of_student.log_prob, of_heads, of_student_head.correct]
 
 
+def either(logits: Array, labels: Array, kernel: Array, stats: bool) -> list[Array]:
+    heads = logits, kernel, logits, kernel
+    found = [
+        jaxent.cross_entropy(logits, labels, return_stats=stats),
+        jaxent.linear_cross_entropy(logits, kernel, labels, return_stats=stats),
+        jaxent.distillation(logits, logits, return_stats=stats),
+        jaxent.linear_distillation(*heads, return_stats=stats),
+        jaxent.CrossEntropyLoss()(logits, labels, return_stats=stats),
+        jaxent.LinearCrossEntropyLoss()(logits, kernel, labels, return_stats=stats),
+    ]
+    return [loss[0] if isinstance(loss, tuple) else loss for loss in found]
+
+
 def objects(logits: Array, labels: Array, kernel: Array, rngs: nnx.Rngs) -> list[Array]:
     reduction = legacy_reduction(size_average=False)
     loss = jaxent.CrossEntropyLoss(label_smoothing=0.1, reduction=reduction)
