@@ -30,7 +30,7 @@ BOUND = "Score: the time of jaxent's own choice divided by that of the best othe
 TOKENS = (1024, 4096, 16384, 65536)
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 CLASSES = (32768, 65536, 131072, 262144)
-PRODUCTS, KERNEL, LOGITS = 7e10, 2.2e9, 4.5e9
+PRODUCTS, KERNEL, LOGITS = 3.5e10, 2.2e9, 4.5e9
 
 
 def feasible(tokens, width, classes):

@@ -101,10 +101,11 @@ def _dtype_with(dtype: Any, number: int) -> Any:
 @compiled
 def _next_token_targets(dtype: Any, tokens: Array, segment_ids: Any, ignored: Any) -> Array:
     if tokens.dtype != dtype:
-        # What an unsigned dtype has beyond is out of range, and stays it.
+        # What an unsigned dtype has beyond is out of range, and stays it: no class, nor ignored.
         largest = jnp.iinfo(dtype).max
         beyond = tokens > jnp.asarray(min(largest, jnp.iinfo(tokens.dtype).max), tokens.dtype)
-        tokens = jnp.where(beyond, largest, tokens.astype(dtype))
+        outside = jnp.where(ignored == largest, largest - 1, largest).astype(dtype)
+        tokens = jnp.where(beyond, outside, tokens.astype(dtype))
     targets = _shifted(tokens, ignored)
     if segment_ids is None:
         return targets

@@ -215,7 +215,7 @@ def test_check_targets_passes_what_a_loss_takes():
 def test_check_targets_refuses_what_are_no_indices():
     with pytest.raises(TypeError, match="check_targets takes class indices"):
         jaxent.check_targets(np.zeros(3), 5)
-    with pytest.raises(TypeError, match="num_classes must be a positive integer, got 5.0"):
+    with pytest.raises(TypeError, match=r"num_classes must be a positive integer, got 5\.0"):
         jaxent.check_targets(np.zeros(3, int), 5.0)
     with pytest.raises(ValueError, match="num_classes must be a positive integer, got 0"):
         jaxent.check_targets(np.zeros(3, int), 0)

@@ -164,6 +164,14 @@ _THEN = {
 }
 
 
+_THEN["mesh"] = ["mesh", "class_sharding"]
+_THEN["divergence"] = [
+    "distillation::law_2_distillation_equals_its_reference",
+    "distillation::law_15_distillation_of_heads_equals_that_of_their_logits",
+    "distillation",
+]
+
+
 def _listed(first: str, then: str) -> list[str]:
     """Return the tests of these groups, as pytest names them."""
     names = [x for group in first.split() for x in _FIRST[group]]
@@ -193,6 +201,9 @@ TESTS = {
     "_head/streaming": _listed("head", "head"),
     "_head/tokens": [*_listed("head", "head"), "tests/test_tokens.py"],
     "_head/forward": _listed("head", "head"),
+    "_head/mesh": _listed("", "mesh"),
+    "_divergence": _listed("", "divergence"),
+    "_head/divergence": _listed("", "divergence")[1:],
 }
 MODULES = list(TESTS)
 
