@@ -14,6 +14,7 @@ import itertools
 import jaxent
 from jaxent import _linear
 from jaxent._forms import forced
+from jaxent._head import sizes
 
 from .engine import Row, interleaved, number
 from .heads import DTYPES, INSTALLED, PEERS, SHAPES, case_of, draw, runner, runner_of
@@ -70,18 +71,18 @@ def chosen_order(arrays):
         width_axis_name=None,
         ignore_index=-100,
     )
-    return _linear.is_made_forward(plan, h, k, layout)
+    return sizes.is_made_forward(plan, h, k, layout)
 
 
 def alternatives(arrays, forward):
     """The losses with what jaxent did not choose, or not by itself."""
     _, kernel, _ = arrays
-    sizes = CHUNKS | {ALL: kernel.shape[1]}
+    chunks = CHUNKS | {ALL: kernel.shape[1]}
     losses = {
         side: functools.partial(jaxent.linear_cross_entropy, chunk_size=size)
-        for side, size in sizes.items()
+        for side, size in chunks.items()
     }
-    if forward or 4 * kernel.size <= _linear.MAX_ACCUMULATOR_BYTES:
+    if forward or 4 * kernel.size <= sizes.MAX_ACCUMULATOR_BYTES:
         (other,) = (side for side, made in ORDERS.items() if made != forward)
         losses[other] = functools.partial(in_order, not forward)
     return {side: runner(loss, arrays) for side, loss in losses.items()}

@@ -12,7 +12,6 @@ Tokens, classes and the kernel's width may be split over devices.
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, NamedTuple, Unpack, cast, overload
 
 import jax
@@ -52,19 +51,13 @@ from ._forms import chosen
 from ._head.chunks import Fixed, Head, Plan, blank_tokens, flatten_tokens, gather_kernel
 from ._head.forward import head_total
 from ._head.mesh import Layout, gathered_before, lay_out_given, on_shards, read_layout
-from ._head.sizes import MIN_BLOCK_TOKENS, choose_block, choose_chunk, whole_logits_block
+from ._head.sizes import choose_block, choose_chunk, is_made_forward
 from ._head.streaming import head_sums
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype, widened_dtype
 from ._reduction import Rows, TokenStats, loss_terms, reduced_loss, token_stats_of
 from ._rows import RowSums, combine_argmax, combine_shards
 from ._targets import Given, Targets, make_targets, read_given
-
-# Where gradients are made forward: what the kernel's may take in float32.
-MAX_ACCUMULATOR_BYTES = 2**28
-# And the width from which on it is the faster form for products of half precision. On two CPU cores
-# and jax 0.12.0.1, 512 wide, the streamed form takes 0.8 to 0.93 of the time of the loss on logits.
-MIN_FORWARD_WIDTH_OF_HALVES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,26 +239,6 @@ def linear_cross_entropy(
     if reduction != "none" and chosen("made_forward", is_made_forward, plan, h, k, layout):
         plan = dataclasses.replace(plan, made_forward=True)
     return _linear_cross_entropy(HeadOptions(plan, layout, reduction), h, k, b, given)
-
-
-def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
-    """Return whether gradients are made in the forward pass.
-
-    That is a loop over tokens, which must be this device's own.
-
-    A symbolic number of them (`jax.export`) is not cut into blocks.
-    """
-    if not all(isinstance(size, int) for size in (*hidden.shape, *kernel.shape)):
-        return False
-    if plan.chunk is not None or layout.classes or layout.width:
-        return False
-    num_tokens = math.prod(hidden.shape[:-1])
-    enough = min(num_tokens, MIN_BLOCK_TOKENS)
-    fits = whole_logits_block(num_tokens, kernel.shape[plan.class_axis]) >= enough
-    small = 4 * kernel.size <= MAX_ACCUMULATOR_BYTES
-    halves = jnp.finfo(plan.dtype).bits <= 16
-    pays = not halves or hidden.shape[-1] >= MIN_FORWARD_WIDTH_OF_HALVES
-    return fits and small and pays and layout.owns_all_tokens
 
 
 @compiled
