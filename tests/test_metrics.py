@@ -225,6 +225,22 @@ def test_statistics_of_a_head_give_what_its_logits_give():
 # Where it is used
 
 
+def test_a_scan_in_shard_map_begins_with_sums_that_vary():
+    mesh = make_mesh("auto", data=2)
+
+    def local(logits, targets):
+        def step(sums, batch):
+            return sums + TokenSums.from_logits(*batch), None
+
+        none = jax.lax.pcast(TokenSums.empty(), "data", to="varying")
+        return jax.lax.scan(step, none, (logits, targets))[0].psum("data")
+
+    logits, targets = np.stack([LOGITS] * 4), np.stack([TARGETS] * 4)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P())
+    found, expected = jax.jit(mapped)(logits, targets), TokenSums.from_logits(logits, targets)
+    np.testing.assert_array_equal(found.words, expected.words)
+
+
 def test_shards_of_a_mapped_axis_add_up_to_the_whole():
     whole = from_logits(LOGITS, TARGETS)
 
