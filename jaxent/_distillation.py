@@ -204,8 +204,8 @@ def distillation(
       return_stats: whether to return statistics of the student's q with the teacher's p as targets
         as well: (loss, stats), as `jax.value_and_grad(..., has_aux=True)` takes it. They are those
         of `jaxent.token_stats` of z / T and p: `log_prob` is :math:`\sum_c p_c \log q_c`, `entropy`
-        that of q, and `correct` whether the two agree on the most probable class; 0 where an
-        example does not count.
+        that of q, and `correct` whether the two agree on the most probable class. What does not
+        count has 0, the prediction -1, and is not correct.
 
     Returns:
       float32, float64 if either's logits are: a scalar, or for "none" the per-example shape. With

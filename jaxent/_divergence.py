@@ -30,7 +30,7 @@ from ._dense import row_max
 from ._numerics import compute_dtype
 from ._reduction import TokenStats
 from ._rows import Transform, centre, combine_argmax, product, without_infinite_derivative
-from ._xla import is_inside, mapped_alike, one_hot, rounded, sum_classes
+from ._xla import is_inside, mapped_alike, one_hot, rounded, sum_classes, zeros_like
 
 Kind = Literal["forward", "reverse", "between"]
 # Below it, exp(x) - 1 - x is summed up as a series; from it on, expm1(x) - x loses two bits.
@@ -189,20 +189,20 @@ def sums_of(
     terms = Sums(_terms(form.kind, ratios, beta), *_slopes(form.kind, ratios, beta))
     if form.stats:
         centred = student.centred(class_mask, coolness)
-        cross, own = (_moment(probability, centred, 0) for probability in (ratios.p, ratios.q))
+        cross, own = (_moment(probability, centred) for probability in (ratios.p, ratios.q))
         terms = terms._replace(cross=cross, own=own)
     sums: Sums = jax.tree.map(functools.partial(sum_classes, axis), terms)
     return sums
 
 
-def values_of(student: Softmax, divergence: Array, sums: Sums, classes: Names) -> Values:
-    """Return what sums up to the values of each row over the shards of its classes."""
+def values_of(student: Softmax, sums: Sums, classes: Names) -> Values:
+    """Return what adds up to the values of each row over the shards of its classes."""
     if sums.cross is None:
-        return Values(divergence)
+        return Values(sums.divergence)
     log_total = jnp.log1p(student.rest) / num_shards(classes)
     values = Values(None, sums.cross - log_total, log_total, log_total - sums.own)
-    alike: Values = mapped_alike(values, divergence)
-    return alike._replace(divergence=divergence)
+    alike: Values = mapped_alike(values, sums.divergence)
+    return alike._replace(divergence=sums.divergence)
 
 
 def stats_of(
@@ -217,15 +217,19 @@ def stats_of(
     `shift` is the student's, `predictions` the most probable class of each, the student's first.
     """
     prediction, target = predictions
-    counted = jnp.ones_like(prediction, bool) if uncounted is None else ~uncounted
-    # Before the product, whose derivative would be 0 * inf.
-    shift, *floats = (jnp.where(counted, x, 0) for x in (shift, *values[1:]))
-    log_prob, log_total, entropy = floats
+    counted = zeros_like(prediction) == 0 if uncounted is None else ~uncounted
+
+    def of_counted(x: Array) -> Array:
+        return jnp.where(counted, x, 0)
+
+    # Twice, before a product whose derivative may be 0 * inf, and after it.
+    largest = of_counted(_cooled(of_counted(shift), coolness))
+    log_prob, log_total, entropy = map(of_counted, values[1:])
     return TokenStats(
         log_prob=log_prob,
-        log_normalizer=_cooled(shift, coolness) + log_total,
+        log_normalizer=largest + log_total,
         entropy=entropy,
-        prediction=jnp.where(counted, prediction.astype(jnp.int32), -1),
+        prediction=jnp.where(counted, prediction, -1),
         correct=counted & (prediction == target),
         counted=counted,
     )
@@ -268,10 +272,10 @@ def divergence_gradients(
     by_student, by_teacher = _slopes(form.kind, ratios, beta)
 
     def times(cotangent: Array, slope: Array) -> Array:
-        product = cotangent * slope
+        share = cotangent * slope
         # 0 for a row that is not counted, whose share may be of a kernel that is NaN.
-        is_asked = (cotangent != 0) | jnp.isfinite(product)
-        return jnp.where(is_asked if class_mask is None else is_asked & class_mask, product, 0)
+        is_asked = (cotangent != 0) | jnp.isfinite(share)
+        return jnp.where(is_asked if class_mask is None else is_asked & class_mask, share, 0)
 
     d_student = times(cotangents.divergence, by_student - ratios.q * sums.by_student)
     d_coolness, d_beta = None, None
@@ -297,9 +301,9 @@ def divergence_gradients(
     return d_logits, d_transform, d_coolness, d_beta
 
 
-def _moment(probability: Array, centred: Array, mean: Any) -> Array:
+def _moment(probability: Array, centred: Array, mean: Any = None) -> Array:
     """Return probability * (c - mean), 0 for a class of neither."""
-    distance = centred - mean
+    distance = centred if mean is None else centred - _finite(mean)
     return product(without_infinite_derivative(probability, distance), distance)
 
 
@@ -320,10 +324,10 @@ def _difference(student: Softmax, teacher: Softmax, d_q: Array, d_p: Array) -> A
     Nearly equal logits z and w have the difference (z - w) - (max z - max w) without a rounding,
     where (z - max z) - (w - max w) has those of both distances.
     """
-    z, w = student.z, teacher.z
+    finite = jnp.isfinite(d_q) & jnp.isfinite(d_p)
+    z, w = (jnp.where(finite, x.z, 0) for x in (student, teacher))
     shifts = student.shift - teacher.shift
-    is_nearer = jnp.abs(z - w) + jnp.abs(shifts) < jnp.abs(d_q) + jnp.abs(d_p)
-    is_nearer &= jnp.isfinite(d_q) & jnp.isfinite(d_p)
+    is_nearer = finite & (jnp.abs(z - w) + jnp.abs(shifts) < jnp.abs(d_q) + jnp.abs(d_p))
     near = jnp.where(is_nearer, z, 0) - jnp.where(is_nearer, w, 0) - shifts
     neither = jnp.isneginf(d_q) & jnp.isneginf(d_p)
     far = jnp.where(neither, 0, d_q) - jnp.where(neither, 0, d_p)
@@ -457,8 +461,8 @@ def row_divergences(
       class_mask: bool, broadcastable to the logits; None where all classes exist.
       coolness: 1 / T, a scalar; None for 1.
       beta: a scalar, for the kind "between" alone.
-      uncounted: bool, (..., 1, ...), of rows whose divergence is 0 where it is not finite. None
-        where all are counted.
+      uncounted: bool, (..., 1, ...), of rows whose divergence is 0 where it is not finite, and
+        which have no statistics. None where all are counted.
       classes: mapped axes over which the classes are split.
     """
     teacher_logits, teacher_transform = jax.lax.stop_gradient((teacher_logits, teacher_transform))
@@ -489,7 +493,7 @@ def row_divergences(
     arguments = student, teacher, class_mask, coolness, beta
     parts = jax.checkpoint(functools.partial(sums_of, axis, form))(*arguments)
     sums = psum(parts, classes)
-    values = values_of(student, parts.divergence, parts, classes)
+    values = values_of(student, parts, classes)
     varying = vary_alike(values, *arguments, sums)
     values = psum(_with_gradient(axis, form, *varying), classes)
     divergence = values.divergence

@@ -14,7 +14,7 @@ T = TypeVar("T")
 CHOICES = {
     "one_loop": "whether a CPU sums a row's terms in one loop (`_xla.in_one_loop`)",
     "kept_bytes": "the float32 exponentials that a CPU may keep (`can_keep` of `_xla/sums.py`)",
-    "made_forward": "whether a head's gradients are made in the forward pass (`_linear.py`)",
+    "made_forward": "whether a head's gradients are made in the forward pass (`_head/sizes.py`)",
     "skip": "whether a head knows that its tokens are its own, and skips what does not count",
     "block": "how many tokens are gone over together",
 }

@@ -58,7 +58,10 @@ def next_token_targets(
       >>> jaxent.next_token_targets(tokens, segment_ids=jnp.array([1, 1, 2, 2]))
       Array([   6, -100,    8, -100], dtype=int32)
     """
-    x = _read_integers("tokens", tokens)
+    number = read_ignore_index(ignore_index)
+    if number is None:
+        raise ValueError("ignore_index must be an integer, which is the target of a last token")
+    x = _read_integers("tokens", tokens, number)
     ids = None if segment_ids is None else _read_segments(segment_ids)
     if x.ndim == 0:
         raise ValueError("tokens must be a sequence, (..., T), got a scalar")
@@ -66,19 +69,18 @@ def next_token_targets(
         raise ValueError(
             f"tokens are {list(x.shape)}, segment_ids {list(ids.shape)}: they must be of one shape"
         )
-    number = read_ignore_index(ignore_index)
-    if number is None:
-        raise ValueError("ignore_index must be an integer, which is the target of a last token")
     dtype = _dtype_with(x.dtype, number)
     return _next_token_targets(dtype, x, ids, np.asarray(number, dtype))
 
 
-def _read_integers(name: str, value: Any) -> Any:
+def _read_integers(name: str, value: Any, ignore_index: int | None = None) -> Any:
+    """Return integers, of which those that JAX would cut are out of range and not ignored."""
     array = whole_numbers(value)
     array = read_array(name, value) if array is None else array
     if array.dtype != object and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer array, got {describe(array)}")
-    return read_targets(array, None)[0]
+    may_be_cut = array.dtype == object or array.dtype.itemsize == 8
+    return read_targets(array, ignore_index if may_be_cut else None)[0]
 
 
 def _read_segments(segment_ids: Any) -> Any:
@@ -101,11 +103,10 @@ def _dtype_with(dtype: Any, number: int) -> Any:
 @compiled
 def _next_token_targets(dtype: Any, tokens: Array, segment_ids: Any, ignored: Any) -> Array:
     if tokens.dtype != dtype:
-        # What an unsigned dtype has beyond is out of range, and stays it: no class, nor ignored.
+        # What an unsigned dtype has beyond is out of range, and stays it.
         largest = jnp.iinfo(dtype).max
         beyond = tokens > jnp.asarray(min(largest, jnp.iinfo(tokens.dtype).max), tokens.dtype)
-        outside = jnp.where(ignored == largest, largest - 1, largest).astype(dtype)
-        tokens = jnp.where(beyond, outside, tokens.astype(dtype))
+        tokens = jnp.where(beyond, largest, tokens.astype(dtype))
     targets = _shifted(tokens, ignored)
     if segment_ids is None:
         return targets

@@ -434,7 +434,8 @@ def _distillation(
         return loss
     uncounted = s == 0
     p = jnp.exp(log_softmax(jax.lax.stop_gradient(teacher(uncounted)))[0])
-    prediction, target = (jnp.argmax(x(uncounted & False), -1) for x in (student, teacher))
+    nothing_lost = jnp.zeros(uncounted.shape, bool)
+    prediction, target = (jnp.argmax(x(nothing_lost), -1) for x in (student, teacher))
     log_q, lse = log_softmax(student(uncounted))
     return loss, _stats(log_q, lse, p, prediction, prediction == target, ~uncounted)
 

@@ -100,6 +100,7 @@ def functions():
                 return jnp.sum(found.log_prob + found.entropy + found.log_normalizer)
 
             yield f"linear_token_stats, {name}", head_stats, (hidden, kernel)
+    yield from divergences()
     yield "nll", lambda x: jaxent.nll(jaxent.log_softmax(x), Y), (X,)
     yield "nll, padding", lambda x: jaxent.nll(x, Y_PADDED), (PADDING,)
     yield "nll, one-hot", lambda x: jaxent.nll(x, ONE_HOT), (X,)
@@ -121,6 +122,39 @@ def functions():
     )
     loss = jaxent.CrossEntropyLoss(weight=EVERYTHING["weight"], label_smoothing=0.1)
     yield "CrossEntropyLoss", lambda x: loss(x, Y), (np.maximum(X, -9),)
+
+
+def divergences():
+    """Those of a teacher and a student, as `functions` yields them, and their statistics."""
+    temperature, gone = np.float32(1.3), HEAD_KEYWORDS["bias"]
+    caps = {"softcap": 5.0, "teacher_softcap": 5.0}
+    for beta in (0.0, 1.0, 0.3):
+        for name, x, keywords in (
+            ("minus infinity", X, {}),
+            ("padding", PADDING, {"targets": Y_PADDED}),
+            ("a row without classes", X, {"class_mask": ROW_MASK, **caps}),
+        ):
+
+            def total(found):
+                loss, stats = found
+                return loss + jnp.sum(stats.log_prob + stats.entropy + stats.log_normalizer)
+
+            def dense(x, t, w=1.5 * x, beta=beta, keywords=keywords):
+                keywords = {"beta": beta, "temperature": t, **keywords}
+                return total(jaxent.distillation(x, w, return_stats=True, **keywords))
+
+            def heads(h, k, t, beta=beta, keywords=keywords):
+                keywords = {"beta": beta, "temperature": t, "bias": gone, **keywords}
+                teacher = 1.5 * h, 2 * np.eye(4, dtype="float32")
+                return total(
+                    jaxent.linear_distillation(
+                        h, k, *teacher, teacher_bias=gone, return_stats=True, **keywords
+                    )
+                )
+
+            yield f"distillation, {beta}, {name}", dense, (x, temperature)
+            if beta == 0.3:  # which has all terms; its loop is slow without jit
+                yield f"linear_distillation, {beta}, {name}", heads, (*head(x), temperature)
 
 
 FUNCTIONS = {name: (function, floats) for name, function, floats in functions()}

@@ -32,7 +32,7 @@ class Plan:
     dtype: Any  # of the matmuls' operands
     precision: Any = None
     dot_general: Any = None  # in place of `jax.lax.dot_general`
-    stats: bool = False  # whether to return the moment and the most probable class
+    stats: bool = False  # whether the most probable class is kept, and the moment of a loss
     made_forward: bool = False  # whether gradients are, of a scalar
     block: int = 0  # tokens that are gone over together; 0 for all
     skip: bool = False  # whether those that do not count are in no block

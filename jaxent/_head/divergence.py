@@ -1,9 +1,9 @@
-"""The divergence of a student's head from a teacher's, streamed: the logits of neither are held.
+"""The divergence of a student's head from a teacher's, whole: streamed, neither's logits held.
 
 A first pass over chunks of classes sums up each head's exponentials, a second one the terms of the
-divergence, which need the normalizers of both, and a third the gradients of the student. All
-compute a chunk's logits anew. As in `streaming`, tangents are scans of their own, so nothing of the
-size tokens x classes is held in second order either.
+divergence and of statistics, which need the normalizers of both, and a third the gradients of the
+student. All compute a chunk's logits anew. As in `streaming`, tangents are scans of their own, so
+nothing of the size tokens x classes is held in second order either.
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ def head_divergences(
     """Return the divergence of each token, (N, 1), and the statistics that the form asks for.
 
     Args:
-      plans: the static part. With `skip`, the divergence of a token that is uncounted is 0, unless
+      plans: the static part. With `skip`, what there is of a token that is uncounted is 0, unless
         somebody differentiates the sample weight.
       heads: hidden states, kernel, bias and scale of each, which have no mass.
       fixed: which classes exist and uncounted tokens, the same for both; and the cap of each.
@@ -168,7 +168,7 @@ def head_divergences(
     sums = psum(parts, classes)
     lost = uncounted & ~jnp.isfinite(jax.lax.stop_gradient(sums.divergence))
     sums = jax.tree.map(lambda x: jnp.where(lost, 0, x), sums)
-    values = values_of(student, parts.divergence, parts, classes)
+    values = values_of(student, parts, classes)
     varying = vary_alike(values, floats, fixed, shifts, sums)
     values = psum(_with_gradient(plans, *varying), classes)
     divergence = jnp.where(lost, 0, values.divergence)
@@ -255,8 +255,8 @@ def _rest_pass(
         return blocks.run(turn, rows, read_chunk(plan, head, fixed, i), fixed)
 
     zeros = jnp.zeros((head.hidden.shape[0], 1), dtype)
-    no_class = jnp.zeros(zeros.shape, jnp.int32) if plan.stats else None
-    none = vary_like(head.hidden, (zeros + jnp.finfo(dtype).min, zeros - 1, no_class))
+    first = jnp.zeros(zeros.shape, jnp.int32) if plan.stats else None
+    none = vary_like(head.hidden, (zeros + jnp.finfo(dtype).min, zeros - 1, first))
     rows, _ = jax.lax.scan(step, none, chunk_numbers(plan, head))
     return _back(plan, blocks, rows)
 
@@ -265,7 +265,7 @@ def _streamed_rest_jvp(
     plan: Plan, dtype: Any, primals: Any, tangents: Any
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     head, fixed, coolness, _ = primals
-    shift, rest, best = _streamed_rest(_asked(plan, tangents[-1]), dtype, *primals)
+    shift, rest, best = _streamed_rest(_whole_if(plan, tangents[-1]), dtype, *primals)
     plan = finer(whole(plan))
     no_class = jnp.full(shift.shape, -1, jnp.int32)
 
@@ -317,8 +317,8 @@ def _terms_pass(plans: Plans, floats: Floats, fixed: Pair, shifts: Pair) -> Sums
 
 def _streamed_terms_jvp(plans: Plans, primals: Any, tangents: Any) -> tuple[Sums, Sums]:
     floats, fixed, shifts, _ = primals
-    asked = plans.both(lambda plan: _asked(plan, tangents[-1]))
-    sums = _streamed_terms(asked, *primals)
+    reached = plans.both(lambda plan: _whole_if(plan, tangents[-1]))
+    sums = _streamed_terms(reached, *primals)
     fine = plans.both(lambda plan: finer(whole(plan)))
 
     def local(floats: Floats, i: Array) -> Sums:
@@ -466,7 +466,7 @@ def _back(plan: Plan, blocks: Any, rows: R) -> R:
     return back
 
 
-def _asked(plan: Plan, d_sample_weight: Any) -> Plan:
+def _whole_if(plan: Plan, d_sample_weight: Any) -> Plan:
     """Return the plan, of all tokens where somebody differentiates the sample weight."""
     return plan if isinstance(d_sample_weight, SymbolicZero) else whole(plan)
 
