@@ -1,5 +1,7 @@
 """Whether probabilities are right: calibration error, and the temperature that mends it."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self, Unpack

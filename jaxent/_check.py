@@ -1,5 +1,7 @@
 """check_targets: which target is out of range, and where."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer

@@ -9,6 +9,8 @@ Logits that are there are compared as they are (`_divergence`), those of two hea
 classes at a time (`_head/divergence.py`).
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple, Unpack, overload

@@ -5,6 +5,8 @@ two flags, whether an infinity of either sign was added; NaN is both. Words are 
 `_normalized` makes them small again. `jaxent.metrics` says why.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any, ClassVar, Self

@@ -19,6 +19,8 @@ and strings are static.
 Setting an attribute checks it as construction does: `loss.weight = new_weight`.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Unpack, overload

@@ -10,6 +10,8 @@ classes or a block of tokens, in the forward pass and in the gradients, of first
 Tokens, classes and the kernel's width may be split over devices.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple, Unpack, cast, overload
@@ -334,7 +336,7 @@ class Weights(NamedTuple):
     z_loss: Any
     divisors: list[Array]
 
-    def by_token(self, function: Any) -> "Weights":
+    def by_token(self, function: Any) -> Weights:
         """Return them with what is of each token put through a function."""
         return self._replace(targets=self.targets.by_token(function))
 

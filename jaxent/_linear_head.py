@@ -8,6 +8,8 @@ logits = self.head(hidden[:, -1])       # in generation
 ```
 """
 
+from __future__ import annotations
+
 import inspect
 from typing import Any, Literal, Unpack, overload
 

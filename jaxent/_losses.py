@@ -11,6 +11,8 @@ are read (`_targets`), the rows are summed (`_dense`), the sums are reduced (`_r
 Nothing but the row sums has a hand-written gradient.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any, Literal, Unpack, overload

@@ -1,5 +1,7 @@
 """The targets of a causal language model: at each position, the token that comes next."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Targets of few classes: which they are, and how probable each is."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -7,6 +7,8 @@ ratio = jnp.exp(stats.log_prob - old_log_prob)      # PPO, GRPO
 ```
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

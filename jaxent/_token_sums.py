@@ -1,5 +1,7 @@
 """What sums over tokens say: loss, perplexity, accuracy; long for a docstring of each."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any, ClassVar, Self, Unpack
 

@@ -18,6 +18,8 @@ Rounding takes place where a number is read: to float32, or to float64 with x64 
 host: `jax.device_get(sums).loss` is a NumPy float64.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 from flax import nnx

@@ -11,6 +11,8 @@ head.loss(hidden, tokens)
 torch is never imported: a module is known by the names of its classes.
 """
 
+from __future__ import annotations
+
 import warnings
 from typing import Any
 

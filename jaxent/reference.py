@@ -10,6 +10,8 @@ jax.jacfwd(jaxent.reference.cross_entropy)(logits, labels)
 ```
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,8 +1,10 @@
 """The loss objects: at home wherever Flax users put things, and equal to their functions."""
 
 import copy
+import functools
 import inspect
 import pickle
+import pydoc
 import typing
 
 import flax.linen as linen
@@ -667,10 +669,42 @@ def test_object_takes_its_functions_keywords_with_their_defaults(make, function)
 def test_a_call_is_typed_by_its_functions_keywords(call, function):
     """An editor knows all of them, of the same types, and no other."""
     (of_call,) = (p for p in inspect.signature(call).parameters.values() if p.kind is p.VAR_KEYWORD)
-    (keywords,) = typing.get_args(of_call.annotation)
-    of_function = inspect.signature(function).parameters.items()
-    expected = {k: p.annotation for k, p in of_function if p.kind is p.KEYWORD_ONLY}
+    (keywords,) = typing.get_args(typing.get_type_hints(call)[of_call.name])
+    expected = types_of_keywords(function)
     # Which has overloads of its own, since the result depends on it.
     assert expected.pop("return_stats", None) == typing.get_type_hints(call).get("return_stats")
     assert typing.get_type_hints(keywords) == expected
     assert not keywords.__required_keys__
+
+
+def types_of_keywords(function):
+    types, parameters = typing.get_type_hints(function), inspect.signature(function).parameters
+    return {k: types[k] for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        jaxent.cross_entropy,
+        jaxent.linear_cross_entropy,
+        jaxent.distillation,
+        jaxent.linear_distillation,
+    ],
+)
+def test_overloads_are_typed_by_the_functions_keywords(function):
+    expected = types_of_keywords(function)
+    expected.pop("return_stats")
+    overloads = typing.get_overloads(inspect.unwrap(function))
+    assert len(overloads) == 3
+    for overload in overloads:
+        (keywords,) = typing.get_args(typing.get_type_hints(overload)["keywords"])
+        assert typing.get_type_hints(keywords) == expected
+
+
+@pytest.mark.parametrize("name", [*jaxent.__all__, "reference.cross_entropy"])
+def test_help_names_types_by_a_word(name):
+    """And not each as the union that it is."""
+    value = functools.reduce(getattr, name.split("."), jaxent)
+    if callable(value):
+        text = pydoc.render_doc(value, renderer=pydoc.plaintext)
+        assert "numpy.ndarray | " not in text
