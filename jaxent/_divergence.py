@@ -247,7 +247,7 @@ def asked(form: Form, sums: Sums, cotangents: Values) -> tuple[Form, Sums, Value
     if all(map(is_zero, cotangents[1:])):
         form = dataclasses.replace(form, stats=False)
         sums, cotangents = Sums(*sums[:3]), Values(cotangents.divergence)
-    zeros = jnp.zeros_like(sums.divergence)
+    zeros = zeros_like(sums.divergence)
     cotangents = jax.tree.map(lambda x: zeros if is_zero(x) else x, cotangents, is_leaf=is_zero)
     return form, sums, cotangents
 

@@ -666,6 +666,24 @@ def test_law_11_second_order_over_shards_is_that_of_the_whole(name):
     jax.tree.map(lambda a, b: assert_close(a, b, 256), *map(jax.device_get, (found, wanted)))
 
 
+@pytest.mark.parametrize("name", ["distillation", "linear_distillation"])
+def test_gradients_of_statistics_alone_on_an_explicit_mesh_set_or_not(name):
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Explicit,))
+    kernel = np.random.default_rng(3).normal(size=(9, 12)).astype("float32")
+
+    def entropy(x, w):
+        heads = (x, w) if name == "distillation" else (x, kernel, w, kernel)
+        return getattr(jaxent, name)(*heads, return_stats=True)[1].entropy.sum()
+
+    expected = jit(jax.grad(entropy))(X, W)
+    split = jax.device_put((X, W), NamedSharding(mesh, P("data")))
+    found = [jit(jax.grad(entropy))(*split)]
+    with jax.set_mesh(mesh):
+        found.append(jit(jax.grad(entropy))(*split))
+    for gradient in found:
+        assert_close(jax.device_get(gradient), expected, 16)
+
+
 @pytest.mark.parametrize("mapped", ["teacher", "beta"])
 def test_vmap_over_what_only_some_statistics_depend_on_has_all_gradients(mapped):
     k, tk = (np.random.default_rng(i).normal(size=(9, 12)).astype("float32") for i in (3, 4))
