@@ -827,6 +827,20 @@ def test_a_traced_number_out_of_range_is_nan():
     assert np.isnan(jaxent.linear_distillation(X, T, W, T, **traced))
 
 
+@pytest.mark.parametrize("name", ["distillation", "linear_distillation"])
+@pytest.mark.parametrize("keywords", [{"temperature": -1.0}, {"temperature": 0.0}, {"beta": 2.0}])
+def test_a_number_out_of_range_leaves_an_uncounted_row_0(name, keywords):
+    heads = (X, W) if name == "distillation" else (X, T, W, T)
+    traced = {k: jnp.float32(v) for k, v in keywords.items()}
+    counted = np.arange(6) % 2 == 0
+    loss, stats = jit(
+        functools.partial(getattr(jaxent, name), return_stats=True, reduction="none")
+    )(*heads, sample_weight=counted, **traced)
+    assert np.all(np.isnan(loss[counted]))
+    for value in (loss, stats.log_prob, stats.log_normalizer, stats.entropy):
+        np.testing.assert_array_equal(value[~counted], 0)
+
+
 CAPPED = {"softcap": 30.0, "teacher_softcap": 30.0}
 
 
