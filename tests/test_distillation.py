@@ -835,7 +835,7 @@ def test_a_number_out_of_range_leaves_an_uncounted_row_0(name, keywords):
     counted = np.arange(6) % 2 == 0
     loss, stats = jit(
         functools.partial(getattr(jaxent, name), return_stats=True, reduction="none")
-    )(*heads, sample_weight=counted, **traced)
+    )(*heads, sample_weight=counted.astype("float32"), **traced)
     assert np.all(np.isnan(loss[counted]))
     for value in (loss, stats.log_prob, stats.log_normalizer, stats.entropy):
         np.testing.assert_array_equal(value[~counted], 0)
