@@ -60,7 +60,7 @@ from ._head.mesh import (
 from ._head.sizes import balance, choose_block, choose_chunk
 from ._keywords import DistillationKeywords, LinearDistillationKeywords
 from ._numerics import compute_dtype, nan_where
-from ._reduction import TokenStats, reduce
+from ._reduction import TokenStats, reduce, squeezed
 from ._rows import Transform
 from ._targets import read_examples, weights_of
 from ._xla import zeros_like
@@ -289,12 +289,7 @@ def _distillation(
         classes,
     )
     loss = reduced(axis, divergence, sample_weight, options.reduction, options.examples)
-    return loss if stats is None else (loss, _squeezed(axis, stats))
-
-
-def _squeezed(axis: int, stats: TokenStats) -> TokenStats:
-    squeezed: TokenStats = jax.tree.map(lambda x: jax.lax.squeeze(x, (axis,)), stats)
-    return squeezed
+    return loss if stats is None else (loss, squeezed(axis, stats))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,7 +472,7 @@ def linear_distillation(
             chunk,
             dtype,
             read_precision(precision, dtype),
-            stats=return_stats,
+            stats=form.stats,
             width=layout.width,
             gathered=gathered,
         )
@@ -549,7 +544,7 @@ def _linear_distillation(
         local, layout, plans.student.class_axis, student_hidden, kernel.student, others, specs=specs
     )
     loss = reduced(ndim - 1, divergence, sample_weight, options.reduction, layout.examples)
-    return loss if stats is None else (loss, _squeezed(ndim - 1, stats))
+    return loss if stats is None else (loss, squeezed(ndim - 1, stats))
 
 
 def _fitted(plans: Plans, heads: Pair, skip: bool) -> Plans:
@@ -628,5 +623,5 @@ def reduced(
 ) -> Array:
     """Return the reduction of divergences and sample weights, (..., 1, ...)."""
     weights = zeros_like(divergence) + 1 if sample_weight is None else sample_weight
-    divergence, weights = (jax.lax.squeeze(x, (axis,)) for x in (divergence, weights))
+    divergence, weights = squeezed(axis, (divergence, weights))
     return reduce([(weights * divergence, weights)], reduction, examples)

@@ -211,11 +211,14 @@ def stats_of(
     predictions: tuple[Array, Array],
     coolness: Any,
     uncounted: Any,
-) -> TokenStats:
+) -> TokenStats | None:
     """Return the statistics of the student's q with the teacher's p as targets, (..., 1, ...).
 
     `shift` is the student's, `predictions` the most probable class of each, the student's first.
+    None comes of values that have none.
     """
+    if values.log_prob is None:
+        return None
     prediction, target = predictions
     counted = zeros_like(prediction) == 0 if uncounted is None else ~uncounted
 
@@ -246,7 +249,7 @@ def asked(form: Form, sums: Sums, cotangents: Values) -> tuple[Form, Sums, Value
 
     if all(map(is_zero, cotangents[1:])):
         form = dataclasses.replace(form, stats=False)
-        sums, cotangents = Sums(*sums[:3]), Values(cotangents.divergence)
+        sums, cotangents = sums._replace(cross=None, own=None), Values(cotangents.divergence)
     zeros = zeros_like(sums.divergence)
     cotangents = jax.tree.map(lambda x: zeros if is_zero(x) else x, cotangents, is_leaf=is_zero)
     return form, sums, cotangents
@@ -279,16 +282,17 @@ def divergence_gradients(
 
     d_student = times(cotangents.divergence, by_student - ratios.q * sums.by_student)
     d_coolness, d_beta = None, None
+    centred: Any = None
     if form.stats:
+        centred = student.centred(class_mask, coolness)
         by_log_prob = -_relative_entropy_slopes(ratios)[1]
-        by_entropy = -_moment(ratios.q, student.centred(class_mask, coolness), sums.own)
+        by_entropy = -_moment(ratios.q, centred, sums.own)
         slopes = by_log_prob, ratios.q, by_entropy
         d_student += sum(map(times, cotangents[1:], slopes))
     if form.by_temperature:
         d_teacher = times(cotangents.divergence, by_teacher - ratios.p * sums.by_teacher)
         if form.stats:
-            by_log_p = _moment(ratios.p, student.centred(class_mask, coolness), sums.cross)
-            d_teacher += times(cotangents.log_prob, by_log_p)
+            d_teacher += times(cotangents.log_prob, _moment(ratios.p, centred, sums.cross))
         d_coolness = jnp.sum(
             d_student * _finite(student.centred(class_mask, None))
             + d_teacher * _finite(teacher.centred(class_mask, None))
@@ -500,8 +504,6 @@ def row_divergences(
     if uncounted is not None:
         lost |= uncounted & ~jnp.isfinite(jax.lax.stop_gradient(divergence))
         divergence = jnp.where(lost, 0, divergence)
-    if not form.stats:
-        return divergence, None
     predictions = prediction, target
     return divergence, stats_of(values, student.shift, predictions, coolness, uncounted)
 

@@ -81,9 +81,8 @@ def _read_integers(name: str, value: Any, ignore_index: int | None = None) -> An
     array = read_array(name, value) if array is None else array
     if array.dtype != object and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be an integer array, got {describe(array)}")
-    if array.dtype == object or array.dtype.itemsize == 8:
-        return read_targets(value, ignore_index)[0]
-    return read_targets(array, None)[0]
+    may_be_cut = array.dtype == object or array.dtype.itemsize == 8
+    return read_targets(value, ignore_index if may_be_cut else None)[0]
 
 
 def _read_segments(segment_ids: Any) -> Any:

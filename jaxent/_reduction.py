@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ._arguments import Reduction
-from ._axes import Names, psum
+from ._axes import Names, Tree, psum
 from ._dense import row_max
 from ._numerics import nan_where, safe_multiply
 from ._rows import (
@@ -144,6 +144,12 @@ def _loss_of_log_probs(rows: Targets, sums: RowSums) -> Any:
     return loss if sums.mass is None else loss - sums.mass_logit
 
 
+def squeezed(axis: int, tree: Tree) -> Tree:
+    """Return arrays (..., 1, ...) without that axis, which was the classes'."""
+    without: Tree = jax.tree.map(lambda x: jax.lax.squeeze(x, (axis,)), tree)
+    return without
+
+
 def token_stats_of(
     rows_of: Callable[[Given], Rows], given: Given, found: Rows, classes: Names
 ) -> TokenStats:
@@ -178,8 +184,7 @@ def token_stats_of(
         correct=counted & is_prediction,
         counted=counted,
     )
-    squeezed: TokenStats = jax.tree.map(lambda values: jnp.squeeze(values, rows.axis), stats)
-    return squeezed
+    return squeezed(rows.axis, stats)
 
 
 def _most_probable(rows: Targets, classes: Names) -> Array:

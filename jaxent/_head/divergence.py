@@ -146,7 +146,8 @@ def head_divergences(
       classes: mapped axes over which the classes are split.
     """
     heads = heads._replace(teacher=jax.lax.stop_gradient(heads.teacher))
-    uncounted, same_coolness = fixed.student.uncounted, coolness  # on all shards of the classes
+    uncounted = fixed.student.uncounted
+    same_coolness = coolness  # on all shards of the classes, as the statistics are
     heads, fixed, coolness, beta, sample_weight = vary_alike(
         heads, fixed, coolness, beta, sample_weight
     )
@@ -172,8 +173,6 @@ def head_divergences(
     varying = vary_alike(values, floats, fixed, shifts, sums)
     values = psum(_with_gradient(plans, *varying), classes)
     divergence = jnp.where(lost, 0, values.divergence)
-    if not plans.form.stats:
-        return divergence, None
     predictions = prediction, target
     return divergence, stats_of(values, student.shift, predictions, same_coolness, uncounted)
 

@@ -35,9 +35,8 @@ MIN_FORWARD_WIDTH_OF_HALVES = 1024
 def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> bool:
     """Return whether gradients are made in the forward pass.
 
-    That is a loop over tokens, which must be this device's own.
-
-    A symbolic number of them (`jax.export`) is not cut into blocks.
+    That is a loop over tokens, which must be this device's own. A symbolic number of them
+    (`jax.export`) is not cut into blocks.
     """
     if not all(isinstance(size, int) for size in (*hidden.shape, *kernel.shape)):
         return False
