@@ -464,7 +464,7 @@ def of_teacher(read: Callable[P, R]) -> Callable[P, R]:
         try:
             return read(*args, **keywords)
         except (TypeError, ValueError) as error:
-            names = r"\b(hidden|kernel|bias|class_axis|logit_scale|softcap)\b"
+            names = r"(?<!\.)\b(hidden|kernel|bias|class_axis|dot_general|logit_scale|softcap)\b"
             kind, message = type(error), re.sub(names, r"teacher_\1", str(error))
         raise kind(message)
 

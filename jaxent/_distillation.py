@@ -22,7 +22,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ._arguments import (
     ArrayOrList,
+    DotGeneral,
     Reduction,
+    check_product,
     check_reduction,
     check_return_stats,
     describe,
@@ -34,6 +36,7 @@ from ._arguments import (
     read_chunk_size,
     read_class_mask,
     read_distilled_targets,
+    read_dot_general,
     read_hidden_and_kernel,
     read_logit_scale,
     read_logits,
@@ -347,6 +350,8 @@ def linear_distillation(
     temperature: ArrayLike = 1.0,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    dot_general: DotGeneral | None = None,
+    teacher_dot_general: DotGeneral | None = None,
     chunk_size: int | None = None,
     targets: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -388,6 +393,8 @@ def linear_distillation(
         (..., C).
       dtype: of the operands of both products; by default each head's own.
       precision: as in `jax.lax.dot_general`.
+      dot_general, teacher_dot_general: functions that compute the student's products and the
+        teacher's, as in `jaxent.linear_cross_entropy`; `jax.lax.dot_general` by default.
       chunk_size: classes in a chunk, for which memory and speed are to be traded by hand.
       axis_name, class_axis_name, width_axis_name: as in `jaxent.linear_cross_entropy`. The teacher
         is split as the student is.
@@ -466,18 +473,24 @@ def linear_distillation(
     layout, gathered = gathered_before(layout)
     chunk = read_chunk_size(chunk_size)
 
-    def plan(class_axis: int, dtype: Any) -> Plan:
+    def plan(hidden: Any, kernel: Any, class_axis: int, dtype: Any, dot_general: Any) -> Plan:
+        read, dot_general = read_precision(precision, dtype), read_dot_general(dot_general)
+        check_product(dot_general, hidden, kernel, class_axis, (dtype, read))
         return Plan(
-            class_axis,
-            chunk,
-            dtype,
-            read_precision(precision, dtype),
+            class_axis=class_axis,
+            chunk=chunk,
+            dtype=dtype,
+            precision=read,
+            dot_general=dot_general,
             stats=form.stats,
             width=layout.width,
             gathered=gathered,
         )
 
-    plans = Plans(plan(class_axis, student_dtype), plan(teacher_class_axis, teacher_dtype), form)
+    of_teachers = teacher_h, teacher_k, teacher_class_axis, teacher_dtype, teacher_dot_general
+    plans = Plans(
+        plan(h, k, class_axis, student_dtype, dot_general), of_teacher(plan)(*of_teachers), form
+    )
     by_token = given.class_mask is not None and given.class_mask.ndim > 1
     skip = not by_token and chosen("skip", lambda: layout.owns_all_tokens)
     options = HeadOptions(plans, layout, reduction, skip)

@@ -37,6 +37,7 @@ class _OfHead(TypedDict, total=False):
     class_axis: int
     dtype: DTypeLike | None
     precision: jax.lax.PrecisionLike
+    dot_general: DotGeneral | None
     chunk_size: int | None
     width_axis_name: AxisName
 
@@ -61,8 +62,6 @@ class CrossEntropyKeywords(_OfLoss, total=False):
 class LinearCrossEntropyKeywords(_OfLoss, _OfHead, total=False):
     """The keywords of `jaxent.linear_cross_entropy`."""
 
-    dot_general: DotGeneral | None
-
 
 class _OfDivergence(_OfExamples, _OfLogits, total=False):
     beta: ArrayLike
@@ -83,3 +82,4 @@ class LinearDistillationKeywords(_OfDivergence, _OfHead, total=False):
 
     teacher_bias: ArrayOrList | None
     teacher_class_axis: int
+    teacher_dot_general: DotGeneral | None

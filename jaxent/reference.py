@@ -291,6 +291,8 @@ def linear_distillation(
     temperature: ArrayLike = 1.0,
     dtype: DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
+    dot_general: DotGeneral | None = None,
+    teacher_dot_general: DotGeneral | None = None,
     chunk_size: int | None = None,
     targets: ArrayOrList | None = None,
     ignore_index: int | None = -100,
@@ -311,17 +313,17 @@ def linear_distillation(
     rows = read_array("hidden", hidden).shape[:-1]
     y = jnp.zeros(rows, jnp.int32) if targets is None else targets
 
-    def logits(hidden: Any, kernel: Any, bias: Any, class_axis: int) -> Array:
+    def logits(hidden: Any, kernel: Any, bias: Any, class_axis: int, dot_general: Any) -> Array:
         x: Array = _read_head(
-            hidden, kernel, y, bias, class_axis, dtype, precision, None, chunk_size, ignore_index,
-            None, sample_weight, class_mask, *names,
+            hidden, kernel, y, bias, class_axis, dtype, precision, dot_general, chunk_size,
+            ignore_index, None, sample_weight, class_mask, *names,
         )[0]  # fmt: skip
         return x
 
     read_distilled_targets(targets, ignore_index, rows)
-    x = logits(hidden, kernel, bias, class_axis)
+    x = logits(hidden, kernel, bias, class_axis, dot_general)
     of_teachers = teacher_hidden, teacher_kernel, teacher_bias, teacher_class_axis
-    w = of_teacher(logits)(*of_teachers)
+    w = of_teacher(logits)(*of_teachers, teacher_dot_general)
     if x.shape != w.shape:
         raise ValueError(f"logits are {list(x.shape)}, the teacher's {list(w.shape)}")
     examples = x.shape, x.ndim - 1, targets, ignore_index, sample_weight, class_mask

@@ -11,6 +11,8 @@ import optax
 import pytest
 from calls import EVERY_OPTION, assert_close, eps, evaluate, examples, full_mask, head_calls
 from hypothesis import assume, given
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_laws import gradients_in_the_forward_pass
 
 import jaxent
@@ -395,6 +397,42 @@ def test_memory_of_first_order_is_a_twentieth_of_naive(size):
     assert scratch(jax.value_and_grad(transposed, (0, 1)), *with_table) <= limit
     with_odd = arguments[0], odd, arguments[2]
     assert scratch(jax.value_and_grad(jaxent.linear_cross_entropy, (0, 1)), *with_odd) <= limit
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "products"),
+    [
+        ((2048, 512, 32768), "float32", 3),
+        ((1024, 256, 131072), "float32", 3),
+        ((2048, 512, 32768), "bfloat16", 3),
+        ((1024, 256, 131072), "bfloat16", 3),
+        ((2048, 4096, 32768), "float32", 4),  # the kernel's gradient is 512 MB
+        ((256, 1024, 32768), "float32", 3),
+        ((256, 1024, 32768), "bfloat16", 4),  # in float32 it is larger than the logits
+        ((256, 32, 2**20), "float32", 4),  # 128 tokens have logits of 512 MB
+    ],
+)
+def test_gradients_are_made_forward_where_memory_allows(size, dtype, products):
+    tokens, width, classes = size
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Explicit,))
+    sharding = NamedSharding(mesh, P())
+    arguments = [x.update(sharding=sharding) for x in shapes_of(*size, dtype)]
+
+    def lower(loss, keywords={}):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, **keywords), (0, 1))).lower(
+            *arguments
+        )
+
+    with jax.set_mesh(mesh):
+        program, streamed = map(lower, [jaxent.linear_cross_entropy] * 2, ({}, {"chunk_size": 1024}))
+        assert program.as_text().count("stablehlo.dot_general") == products
+        assert streamed.as_text().count("stablehlo.dot_general") == 4
+        if products == 4:
+            return
+        # What XLA's CPU compiler makes of a bfloat16 kernel for the product is float32, too.
+        kernels = 0 if dtype == "float32" else 2 * 4 * width * classes
+        limit = max(2 * 4 * tokens * classes / 4, 120 * 2**20) + kernels + 4 * 4 * tokens * width
+        assert program.compile().memory_analysis().temp_size_in_bytes <= limit
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from test_distillation import assert_equal
+from test_distillation import head_calls as pair_calls
 
 import jaxent
 from jaxent import reference
@@ -127,10 +129,13 @@ def test_narrower_products_are_refused_by_name(module):
 
 
 def quantized(x, axes):
-    """Round to 15 steps, scaled for each index of the axes that are not summed over."""
-    step = jnp.max(jnp.abs(x), axes, keepdims=True) / 7
-    step = jnp.where(step == 0, 1, step)
-    return jnp.round(x / step) * step
+    """Round to 17 steps, scaled for each index of the axes that are not summed over.
+
+    A step is a power of 2, so that no loop of half precision has other digits than another.
+    """
+    top = jnp.max(jnp.abs(x.astype(jnp.promote_types(x.dtype, "float32"))), axes, keepdims=True)
+    step = jnp.ldexp(jnp.ones_like(top), jnp.frexp(top)[1] - 3)
+    return (jnp.round(x / step) * step).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -187,6 +192,53 @@ def test_a_given_product_and_its_gradients_are_those_of_the_reference(made_forwa
     assert_same(actual, evaluate(reference.linear_cross_entropy, call), 64)
 
 
+@few
+@given(st.booleans(), st.sampled_from([None, jax.lax.dot_general, quantized_dot]), pair_calls())
+def test_a_divergence_has_the_given_product_of_each_head(skip, of_teacher, call):
+    call = call.replace(dot_general=quantized_dot, teacher_dot_general=of_teacher)
+    with forced(skip=skip, block=3):
+        actual = call.run(jaxent.linear_distillation)
+    assert_equal(actual, call.run(reference.linear_distillation), 128)
+
+
+def derivatives(loss, *x):
+    """The value, and the gradients of first and second order, in both modes."""
+    gradient = jax.grad(loss, (0, 1))
+    second = jax.grad(lambda *y: sum(jnp.sum(g**2) for g in gradient(*y)), (0, 1))
+    return loss(*x), gradient(*x), jax.jvp(gradient, x, x)[1], second(*x)
+
+
+def test_a_divergence_has_the_derivatives_of_the_given_products_logits():
+    (hidden, kernel), (teacher_hidden, teacher_kernel) = problem(), problem(width=5)
+    teacher_hidden = -teacher_hidden
+
+    def total(loss, stats):
+        return loss + jnp.sum(jnp.sin(stats.entropy))
+
+    def streamed(hidden, kernel):
+        found = jaxent.linear_distillation(
+            hidden,
+            kernel,
+            teacher_hidden,
+            teacher_kernel,
+            beta=0.3,
+            dot_general=quantized_dot,
+            teacher_dot_general=quantized_dot,
+            chunk_size=3,
+            return_stats=True,
+        )
+        return total(*found)
+
+    def dense(hidden, kernel):
+        student, teacher = logits_of(hidden, kernel), logits_of(teacher_hidden, teacher_kernel)
+        return total(*jaxent.distillation(student, teacher, beta=0.3, return_stats=True))
+
+    actual, expected = (
+        jax.jit(functools.partial(derivatives, loss))(hidden, kernel) for loss in (streamed, dense)
+    )
+    jax.tree.map(lambda a, b: assert_close(a, b, 64), actual, expected)
+
+
 @pytest.mark.parametrize(("made_forward", "class_axis"), [(False, -1), (True, 0)])
 def test_a_given_product_is_that_of_the_logits(made_forward, class_axis):
     hidden, kernel = problem()
@@ -199,11 +251,6 @@ def test_a_given_product_is_that_of_the_logits(made_forward, class_axis):
 
     def dense(hidden, kernel):
         return jaxent.cross_entropy(logits_of(hidden, kernel, class_axis), TARGETS)
-
-    def derivatives(loss, *x):
-        gradient = jax.grad(loss, (0, 1))
-        second = jax.grad(lambda *y: sum(jnp.sum(g**2) for g in gradient(*y)), (0, 1))
-        return loss(*x), gradient(*x), jax.jvp(gradient, x, x)[1], second(*x)
 
     with in_form(made_forward):
         actual, expected = (
@@ -258,7 +305,12 @@ def test_precision_and_dtypes_reach_the_given_product(made_forward):
 def test_an_explicit_mesh_takes_a_given_product():
     mesh = jax.make_mesh((2, 2), ("data", "classes"), (AxisType.Explicit,) * 2)
     hidden, kernel = problem(num_classes=12)
-    loss = functools.partial(jaxent.linear_cross_entropy, dot_general=quantized_dot)
+    def loss(hidden, kernel, targets):
+        products = {"dot_general": quantized_dot}
+        loss = jaxent.linear_cross_entropy(hidden, kernel, targets, **products)
+        products["teacher_dot_general"] = quantized_dot
+        return loss + jaxent.linear_distillation(hidden, kernel, -hidden, kernel, **products)
+
     run = jax.jit(jax.value_and_grad(loss, (0, 1)))
     expected = run(hidden, kernel, TARGETS)
     with jax.set_mesh(mesh):
@@ -308,6 +360,12 @@ def test_what_is_no_product_is_refused(module):
         for function in (module.linear_cross_entropy, module.linear_token_stats):
             with pytest.raises(TypeError, match=message):
                 function(hidden, kernel, TARGETS, dot_general=dot_general)
+        heads = hidden, kernel, hidden, kernel
+        with pytest.raises(TypeError, match=message):
+            module.linear_distillation(*heads, dot_general=dot_general)
+        message = re.sub(r"^dot_general|hidden", r"teacher_\g<0>", message)
+        with pytest.raises(TypeError, match=message):
+            module.linear_distillation(*heads, teacher_dot_general=dot_general)
 
 
 def test_a_product_that_holds_a_traced_scale_is_refused():

@@ -48,7 +48,6 @@ from .chunks import (
     accumulate,
     blank_hidden,
     blocks_of,
-    chunk_logits,
     chunk_logits_and_pull,
     chunk_numbers,
     gradients_of_logits,
@@ -406,7 +405,8 @@ def _read_chunks(plans: Plans, heads: Pair, fixed: Pair, i: Array) -> Pair:
 
 
 def _softmax(plan: Plan, chunk: Chunk, fixed: Fixed, shift: Array) -> Softmax:
-    return Softmax(chunk_logits(plan, chunk.head), transform_of(chunk.head, fixed), shift)
+    logits, _ = chunk_logits_and_pull(plan, chunk.head)  # which has derivatives in every mode
+    return Softmax(logits, transform_of(chunk.head, fixed), shift)
 
 
 def _softmaxes(
