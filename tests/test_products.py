@@ -305,6 +305,7 @@ def test_precision_and_dtypes_reach_the_given_product(made_forward):
 def test_an_explicit_mesh_takes_a_given_product():
     mesh = jax.make_mesh((2, 2), ("data", "classes"), (AxisType.Explicit,) * 2)
     hidden, kernel = problem(num_classes=12)
+
     def loss(hidden, kernel, targets):
         products = {"dot_general": quantized_dot}
         loss = jaxent.linear_cross_entropy(hidden, kernel, targets, **products)

@@ -3,8 +3,6 @@
 import math
 from typing import Any
 
-import jax.numpy as jnp
-
 from .._axes import num_shards
 from .._forms import chosen
 from .chunks import Head, Plan
@@ -28,7 +26,8 @@ BLOCKS = 8
 # makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
 # of 74 kB. (`python -m benchmarks.pod` prints both.)
 MIN_GATHER_BYTES = 5 * 2**14
-# Where gradients are made forward: what the kernel's may take in float32.
+# Where gradients are made forward: what the kernel's may take in float32. (XLA's CPU
+# compiler has one such array more than the result.)
 MAX_ACCUMULATOR_BYTES = 2**28
 
 
@@ -45,10 +44,9 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
     num_tokens, num_classes = math.prod(hidden.shape[:-1]), kernel.shape[plan.class_axis]
     enough = min(num_tokens, MIN_BLOCK_TOKENS)
     fits = whole_logits_block(num_tokens, num_classes) >= enough
-    limit = MAX_ACCUMULATOR_BYTES
-    if jnp.finfo(kernel.dtype).bits <= 16:  # the accumulator is not the result
-        limit = min(limit, 4 * num_tokens * num_classes)
-    return fits and 4 * kernel.size <= limit and layout.owns_all_tokens
+    of_naive = 2 * 4 * num_tokens * num_classes
+    small = 4 * kernel.size <= min(MAX_ACCUMULATOR_BYTES, of_naive)
+    return fits and small and layout.owns_all_tokens
 
 
 def choose_chunk(plan: Plan, head: Head) -> int:
