@@ -32,6 +32,11 @@ class Layout(NamedTuple):
     tokens: tuple[Names, ...] = ()  # the mesh's axes of each dimension of the tokens
     owns_all_tokens: bool = True  # whether a call can know that nobody else splits its tokens
 
+    def num_tokens(self, hidden: Array) -> int:
+        """Return how many of the tokens a device has."""
+        split = [] if self.mesh is None else [self.mesh.shape[n] for n in flat_names(self.tokens)]
+        return math.prod(hidden.shape[:-1]) // math.prod(split)
+
     def of_hidden(self) -> P:
         return P(*map(_entry, self.tokens), None)
 

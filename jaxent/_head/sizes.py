@@ -1,6 +1,5 @@
 """Which form a head takes, and how large its parts are: a chunk's classes, a block's tokens."""
 
-import math
 from typing import Any
 
 from .._axes import num_shards
@@ -41,7 +40,7 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
         return False
     if plan.chunk is not None or layout.classes or layout.width:
         return False
-    num_tokens, num_classes = math.prod(hidden.shape[:-1]), kernel.shape[plan.class_axis]
+    num_tokens, num_classes = layout.num_tokens(hidden), kernel.shape[plan.class_axis]
     enough = min(num_tokens, MIN_BLOCK_TOKENS)
     fits = whole_logits_block(num_tokens, num_classes) >= enough
     of_naive = 2 * 4 * num_tokens * num_classes
