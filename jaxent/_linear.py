@@ -150,7 +150,7 @@ def linear_cross_entropy(
 
     The logits are computed twice: a fourth matmul, for the sake of memory. Where memory allows, a
     scalar reduction makes its gradients in the forward pass instead, in three matmuls, from all
-    logits of a block of tokens, an eighth of them (128 to 512): where a float32 gradient of the
+    logits of a block of tokens, an eighth of them (256 to 512): where a float32 gradient of the
     kernel takes at most 256 MB, and no more than two float32 arrays of all logits do, and those of
     a block's logits a quarter of that, or 120 MB. A `chunk_size` rules that out.
     `python -m benchmarks head_ignored` prints what both forms take. (In a program for several

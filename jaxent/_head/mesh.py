@@ -34,8 +34,9 @@ class Layout(NamedTuple):
 
     def num_tokens(self, hidden: Array) -> int:
         """Return how many of the tokens a device has."""
-        split = [] if self.mesh is None else [self.mesh.shape[n] for n in flat_names(self.tokens)]
-        return math.prod(hidden.shape[:-1]) // math.prod(split)
+        names = () if self.mesh is None else flat_names(self.tokens)
+        parts: int = math.prod(self.mesh.shape[name] for name in names)
+        return math.prod(hidden.shape[:-1]) // parts
 
     def of_hidden(self) -> P:
         return P(*map(_entry, self.tokens), None)

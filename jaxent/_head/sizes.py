@@ -15,12 +15,14 @@ MIN_CHUNK_CLASSES = 1024
 # classes, took 800 MB on a TPU.
 KERNEL_CHUNK_BYTES = 2**25
 # Tokens that are gone over together, and what all their float32 logits may take. A block in which
-# few tokens count takes as long as a full one, so it is no more than an eighth of all, or 128: on
-# two CPU cores and jax 0.12.0.1, of 2048 tokens, 256 and 512 take the same time (within 7 %).
+# few tokens count takes as long as a full one, so it is an eighth of all, 256 at least: on two CPU
+# cores and jax 0.12.0.1 these take as long as 512 (within 7 %), and 128 up to 8 % longer.
 BLOCK_TOKENS = 512
 LOGITS_BLOCK_BYTES = 60 * 2**20
-MIN_BLOCK_TOKENS = 128
+MIN_BLOCK_TOKENS = 256
 BLOCKS = 8
+# Where fewer than these fit, gradients are not made forward.
+MIN_FORWARD_TOKENS = 128
 # What a shard of the width gives at least to the gather of a chunk. Of 256 chips of a TPU, XLA
 # makes all-reduces of gathers to which each gives 65 kB, twice as much to send, and leaves those
 # of 74 kB. (`python -m benchmarks.pod` prints both.)
@@ -41,7 +43,7 @@ def is_made_forward(plan: Plan, hidden: Any, kernel: Any, layout: Layout) -> boo
     if plan.chunk is not None or layout.classes or layout.width:
         return False
     num_tokens, num_classes = layout.num_tokens(hidden), kernel.shape[plan.class_axis]
-    enough = min(num_tokens, MIN_BLOCK_TOKENS)
+    enough = min(num_tokens, MIN_FORWARD_TOKENS)
     fits = whole_logits_block(num_tokens, num_classes) >= enough
     of_naive = 2 * 4 * num_tokens * num_classes
     small = 4 * kernel.size <= min(MAX_ACCUMULATOR_BYTES, of_naive)
@@ -86,10 +88,9 @@ def whole_logits_block(num_tokens: int, num_classes: int) -> int:
     and 480 MB at most.
     """
     row = 4 * num_classes
-    fitting = min(
-        max(LOGITS_BLOCK_BYTES // row, 2 * num_tokens // 9), 4 * LOGITS_BLOCK_BYTES // row
-    )
-    return min(BLOCK_TOKENS, max(MIN_BLOCK_TOKENS, -(-num_tokens // BLOCKS)), max(fitting, 1))
+    fitting = min(max(LOGITS_BLOCK_BYTES // row, num_tokens // 4), 4 * LOGITS_BLOCK_BYTES // row)
+    eighth = -(-num_tokens // BLOCKS)
+    return min(max(eighth, MIN_BLOCK_TOKENS), BLOCK_TOKENS, max(fitting, 1))
 
 
 def balance(length: int, size: int, multiple: int = 1) -> int:
