@@ -33,6 +33,7 @@ def functions(logits: Array, labels: Array, kernel: Array) -> list[Array]:
         jaxent.linear_token_stats(logits, kernel, labels, dtype="bfloat16").entropy,
         jaxent.distillation(logits, logits, beta=0.5, temperature=2, axis=0),
         jaxent.linear_distillation(logits, kernel, logits, kernel, teacher_class_axis=0),
+        jaxent.linear_distillation(logits, kernel, logits, kernel, teacher_dot_general=product),
         # Until it is rewritten:
         jaxent.reference.cross_entropy(logits, labels),  # pyright: ignore[reportUnknownMemberType]
         stats.log_prob,
