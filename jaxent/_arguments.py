@@ -616,19 +616,21 @@ def _closed_over(function: Any) -> list[Any]:
     return [cell.cell_contents for cell in cells]
 
 
-def check_product(
-    dot_general: DotGeneral | None, hidden: Any, kernel: Any, class_axis: int, read: Any
-) -> None:
-    """Check that the product of hidden and kernel, as dtype and precision, is one."""
+def read_product(
+    hidden: Any, kernel: Any, class_axis: int, dtype: Any, precision: Any, dot_general: Any
+) -> tuple[Any, DotGeneral | None]:
+    """Return precision and dot_general of a product of hidden and kernel in this dtype."""
+    precision, dot_general = read_precision(precision, dtype), read_dot_general(dot_general)
     if dot_general is None:
-        return
+        return precision, None
     width, num_classes = hidden.shape[-1], kernel.shape[class_axis]
-    product = _try_product(dot_general, class_axis, width, num_classes, *read)
+    product = _try_product(dot_general, class_axis, width, num_classes, dtype, precision)
     if getattr(product, "shape", None) != (1, num_classes) or not is_float(product):
         raise TypeError(
             f"dot_general must return a float array, [1, {num_classes}] for hidden "
             f"[1, {width}] and this kernel, got {describe(product)}"
         )
+    return precision, dot_general
 
 
 @functools.lru_cache

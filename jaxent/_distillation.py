@@ -24,7 +24,6 @@ from ._arguments import (
     ArrayOrList,
     DotGeneral,
     Reduction,
-    check_product,
     check_reduction,
     check_return_stats,
     describe,
@@ -36,11 +35,10 @@ from ._arguments import (
     read_chunk_size,
     read_class_mask,
     read_distilled_targets,
-    read_dot_general,
     read_hidden_and_kernel,
     read_logit_scale,
     read_logits,
-    read_precision,
+    read_product,
     read_sample_weight,
     read_softcap,
     read_temperature,
@@ -474,14 +472,12 @@ def linear_distillation(
     chunk = read_chunk_size(chunk_size)
 
     def plan(hidden: Any, kernel: Any, class_axis: int, dtype: Any, dot_general: Any) -> Plan:
-        read, dot_general = read_precision(precision, dtype), read_dot_general(dot_general)
-        check_product(dot_general, hidden, kernel, class_axis, (dtype, read))
+        product = read_product(hidden, kernel, class_axis, dtype, precision, dot_general)
         return Plan(
-            class_axis=class_axis,
-            chunk=chunk,
-            dtype=dtype,
-            precision=read,
-            dot_general=dot_general,
+            class_axis,
+            chunk,
+            dtype,
+            *product,
             stats=form.stats,
             width=layout.width,
             gathered=gathered,

@@ -27,16 +27,14 @@ from ._arguments import (
     Reduction,
     TargetsLike,
     check_head_targets,
-    check_product,
     check_reduction,
     check_return_stats,
     is_of_all_classes,
     read_array,
     read_bias,
     read_chunk_size,
-    read_dot_general,
     read_hidden_and_kernel,
-    read_precision,
+    read_product,
     read_targets,
 )
 from ._axes import (
@@ -393,8 +391,8 @@ def read_head(
     tables = is_of_all_classes(targets) or (mask is not None and mask.ndim > 1)
     some_uncounted = given.ignore_index is not None or given.sample_weight is not None
     layout, gathered = gathered_before(layout)
-    precision, dot_general = read_precision(precision, dtype), read_dot_general(dot_general)
-    check_product(dot_general, hidden, kernel, class_axis, (dtype, precision))
+    product = hidden, kernel, class_axis, dtype, precision, dot_general
+    precision, dot_general = read_product(*product)
     plan = Plan(
         class_axis=class_axis,
         chunk=read_chunk_size(chunk_size),

@@ -25,7 +25,6 @@ from ._arguments import (
     Reduction,
     TargetsLike,
     check_head_targets,
-    check_product,
     check_reduction,
     check_return_stats,
     is_of_all_classes,
@@ -38,13 +37,12 @@ from ._arguments import (
     read_class_axis,
     read_class_mask,
     read_distilled_targets,
-    read_dot_general,
     read_hidden_and_kernel,
     read_index_targets,
     read_label_smoothing,
     read_logit_scale,
     read_logits,
-    read_precision,
+    read_product,
     read_sample_weight,
     read_softcap,
     read_targets,
@@ -693,9 +691,8 @@ def _read_head(
     targets, ignored = read_targets(targets, ignore_index)
     check_head_targets(targets, hidden, num_classes)
     read_chunk_size(chunk_size)
-    bias, precision = read_bias(bias, num_classes), read_precision(precision, dtype)
-    dot_general = read_dot_general(dot_general)
-    check_product(dot_general, hidden, kernel, 1, (dtype, precision))
+    bias = read_bias(bias, num_classes)
+    precision, dot_general = read_product(hidden, kernel, 1, dtype, precision, dot_general)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], num_classes), _wide(dtype))
     e = _examples(logits, axis, targets, ignored, weight, sample_weight, class_mask, "logits")
     lost = (e.sample_weight == 0) & ~jnp.all(jnp.isfinite(hidden), -1)

@@ -84,8 +84,8 @@ def _block_size(plan: Plan, num_tokens: int, num_classes: int) -> int:
 def whole_logits_block(num_tokens: int, num_classes: int) -> int:
     """Return how many tokens are gone over together where all their logits are there.
 
-    Two arrays of them are held: a quarter of what the naive form holds, or 120 MB if that is more,
-    and 480 MB at most.
+    It is an eighth of them, 256 to 512, as far as two arrays of their logits fit: into a quarter
+    of what the naive form holds, or 120 MB if that is more, and into 480 MB.
     """
     row = 4 * num_classes
     fitting = min(max(LOGITS_BLOCK_BYTES // row, num_tokens // 4), 4 * LOGITS_BLOCK_BYTES // row)
