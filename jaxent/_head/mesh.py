@@ -34,9 +34,11 @@ class Layout(NamedTuple):
 
     def num_tokens(self, hidden: Array) -> int:
         """Return how many of the tokens a device has."""
-        names = () if self.mesh is None else flat_names(self.tokens)
-        parts: int = math.prod(self.mesh.shape[name] for name in names)
-        return math.prod(hidden.shape[:-1]) // parts
+        tokens = math.prod(hidden.shape[:-1])
+        if self.mesh is None:
+            return tokens
+        parts: int = math.prod(self.mesh.shape[name] for name in flat_names(self.tokens))
+        return tokens // parts
 
     def of_hidden(self) -> P:
         return P(*map(_entry, self.tokens), None)
