@@ -42,6 +42,34 @@ def test_law_11_loss_and_gradient_equal_the_whole_and_are_split_like_their_argum
     assert_equal(actual, whole(case))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_explicit_axis_that_splits_nothing_changes_nothing(case):
+    mesh = make_mesh("explicit", data=2, model=2, other=2)
+    with jax.set_mesh(mesh):
+        tree = lay_out(mesh, given(case), specs(given(case)))
+        actual = jit(with_gradients(call(case, WHOLE)))(tree)
+    assert_equal(actual, whole(case))
+
+
+def test_width_is_split_over_two_axes_beside_a_third():
+    """Parts of the kernel come, and those of its gradient go, in the order of the axes."""
+    mesh, both = make_mesh("explicit", data=2, model=2, other=2), ("data", "model")
+    hidden, kernel, targets = problem()
+    arguments = hidden.reshape(32, 16), kernel, targets.ravel()
+    f = jax.value_and_grad(jaxent.linear_cross_entropy, (0, 1))
+    mapped = jax.shard_map(
+        functools.partial(jaxent.linear_cross_entropy, axis_name=both, width_axis_name=both),
+        in_specs=(P(both),) * 3,
+        out_specs=P(),
+        axis_names={*both},
+        mesh=mesh,
+    )
+    with jax.set_mesh(mesh):
+        on_mesh = [jax.device_put(x, NamedSharding(mesh, P(both))) for x in arguments]
+        for split in (f, jax.value_and_grad(mapped, (0, 1))):
+            assert_equal(jit(split)(*on_mesh), jit(f)(*arguments))
+
+
 # Larger arrays, to tell them by their sizes. A device has 32 tokens (64 with a second dimension)
 # and 24 classes, and chunks of 4 of them where a case says so.
 LARGER = {16: 64, 24: 96, 4: 8}
@@ -133,10 +161,25 @@ def test_none_and_statistics_stay_where_their_tokens_are(kind):
     assert_equal(actual, expected)
 
 
-@kinds
-@pytest.mark.parametrize("case", ["cross_entropy, every option", "linear", "linear, width split"])
-def test_second_order_equals_the_whole(case, kind):
-    mesh = make_mesh(kind, data=2, model=4)
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("auto", {"data": 2, "model": 4}),
+        ("explicit", {"data": 2, "model": 4}),
+        ("explicit", {"data": 2, "model": 2, "other": 2}),
+    ],
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        "cross_entropy, every option",
+        "linear",
+        "linear, width split",
+        "linear, (C, D), width split",
+    ],
+)
+def test_second_order_equals_the_whole(case, kind, sizes):
+    mesh = make_mesh(kind, **sizes)
     tree = given(case)
     direction = {name: jnp.cos(jnp.arange(x.size).reshape(x.shape)) for name, x in tree.items()}
 

@@ -187,6 +187,27 @@ def test_class_numbers_are_split_like_the_classes():
     assert [spec[-1] for spec in specs] == ["model", None]
 
 
+@pytest.mark.skipif(OLD, reason="older JAX compiles it")
+def test_a_part_of_a_sum_is_compiled_beside_an_explicit_axis():
+    mesh = make_mesh("explicit", data=2, other=4)
+
+    def compile(function):
+        def norm(x):
+            return jnp.sum(
+                jnp.sin(jax.shard_map(function, out_specs=P("data"), axis_names={"data"})(x))
+            )
+
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P("data")))
+            return jax.jit(jax.value_and_grad(norm)).lower(x).compile()
+
+    for name, axis in (("add_parts", 1), ("gather_parts", 0)):
+        function = functools.partial(getattr(_xla, name), names=("data",), axis=axis)
+        compile(function)
+        with _xla.without(name), pytest.raises(ValueError, match="must be equal to aval's ndim"):
+            compile(function)
+
+
 def test_largest_logits_are_not_0_from_themselves_in_every_loop():
     hidden, kernel = jnp.array([[4.0], [6.5]]), jnp.array([[6.3, 0.0]])
     one_hot = jnp.array([[1.0, 0.0], [1.0, 0.0]])
@@ -202,6 +223,7 @@ def test_largest_logits_are_not_0_from_themselves_in_every_loop():
 
 def test_a_workaround_is_counted_here_and_says_where_it_was_seen():
     of_its_own = {"packed", "mapped_alike", "zeros_like", "class_numbers", "rounded"}
+    of_its_own |= {"add_parts", "gather_parts"}
     assert COUNTED.keys() | of_its_own == _xla.WORKAROUNDS.keys()
     for function in _xla.WORKAROUNDS.values():
         assert "jax 0." in " ".join(function.__doc__.split()), function.__name__

@@ -13,7 +13,15 @@ from .._axes import Names, vary_like
 from .._numerics import compute_dtype
 from .._rows import Places, RowSums, Transform, row_gradients
 from .._targets import TargetMass
-from .._xla import add_slice, is_widened_on_cpu, slice_of_bits, take_slice, with_cpu_plan
+from .._xla import (
+    add_parts,
+    add_slice,
+    gather_parts,
+    is_widened_on_cpu,
+    slice_of_bits,
+    take_slice,
+    with_cpu_plan,
+)
 from .tokens import Blocks
 
 Result = TypeVar("Result")
@@ -198,7 +206,7 @@ def _read_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
     if not plan.width:
         return part
     part = part.astype(plan.dtype)  # so that no more is sent than is used
-    return _gather(plan, part, plan.width)
+    return gather_parts(part, plan.width, 1 - plan.class_axis)
 
 
 def _slice_kernel(plan: Plan, kernel: Array, start: Array) -> Array:
@@ -371,9 +379,7 @@ def scatter_width(plan: Plan, gradients: Head) -> Head:
     """Return the gradients with this shard's part of the kernel's, summed over the shards."""
     if not plan.width:
         return gradients
-    kernel = jax.lax.psum_scatter(
-        gradients.kernel, plan.width, scatter_dimension=1 - plan.class_axis, tiled=True
-    )
+    kernel = add_parts(gradients.kernel, plan.width, 1 - plan.class_axis)
     return gradients._replace(kernel=kernel)
 
 
@@ -386,12 +392,7 @@ def gather_kernel(plan: Plan, kernel: Array) -> Array:
     """Return the kernel, whole along the axes over which no chunk can be gathered."""
     if not plan.gathered:
         return kernel
-    return _gather(plan, kernel, plan.gathered)
-
-
-def _gather(plan: Plan, kernel: Array, width: Names) -> Array:
-    gathered: Array = jax.lax.all_gather(kernel, width, axis=1 - plan.class_axis, tiled=True)
-    return gathered
+    return gather_parts(kernel, plan.gathered, 1 - plan.class_axis)
 
 
 def blank_tokens(hidden: Array, uncounted: Array) -> Array:

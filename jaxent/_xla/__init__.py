@@ -21,7 +21,9 @@ from .classes import (
     zeros_like,
 )
 from .heads import (
+    add_parts,
     add_slice,
+    gather_parts,
     is_widened_on_cpu,
     scatter_slice,
     slice_of_bits,
@@ -46,10 +48,12 @@ __all__ = [
     "SWITCHED_OFF",
     "WORKAROUNDS",
     "add_at_class",
+    "add_parts",
     "add_slice",
     "apart_and_others",
     "class_numbers",
     "computed_again",
+    "gather_parts",
     "in_one_loop",
     "is_inside",
     "is_last",

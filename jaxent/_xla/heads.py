@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 
+from .._axes import Names
 from .registry import R, by_platform, hidden, workaround
 
 
@@ -63,3 +65,49 @@ def scatter_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
     """
     dimensions = jax.lax.ScatterDimensionNumbers((0, 1), (), (axis,))
     return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
+
+
+def _all_gather(part: Array, names: Names, axis: int) -> Array:
+    """Return what is split over mapped axes, whole."""
+    whole: Array = jax.lax.all_gather(part, names, axis=axis, tiled=True)
+    return whole
+
+
+@workaround(_all_gather)
+def gather_parts(part: Array, names: Names, axis: int) -> Array:
+    """Return what is split over mapped axes, whole.
+
+    Where JAX cannot compile the transpose of `all_gather` (jax 0.12.0.1, see `add_parts`), as much
+    is sent in a form whose transpose is that of `add_parts`.
+    """
+    if not _is_beside_explicit_axes():
+        return _all_gather(part, names, axis)
+    copies = jnp.broadcast_to(part, (jax.lax.axis_size(names), *part.shape))
+    parts = jnp.moveaxis(jax.lax.all_to_all(copies, names, 0, 0), 0, axis)
+    return parts.reshape(*part.shape[:axis], -1, *part.shape[axis + 1 :])
+
+
+def _psum_scatter(whole: Array, names: Names, axis: int) -> Array:
+    """Return this shard's part of the sum over mapped axes."""
+    part: Array = jax.lax.psum_scatter(whole, names, scatter_dimension=axis, tiled=True)
+    return part
+
+
+@workaround(_psum_scatter)
+def add_parts(whole: Array, names: Names, axis: int) -> Array:
+    """Return this shard's part of the sum over mapped axes.
+
+    Beside an axis of an explicit mesh that is not mapped JAX cannot compile `psum_scatter`, the
+    transpose of `all_gather` (jax 0.12.0.1). So parts are sent to where they are added: as much is
+    sent, and a copy more is held of what is split.
+    """
+    if not _is_beside_explicit_axes():
+        return _psum_scatter(whole, names, axis)
+    shape = *whole.shape[:axis], jax.lax.axis_size(names), -1, *whole.shape[axis + 1 :]
+    parts = jnp.moveaxis(whole.reshape(shape), axis, 0)
+    return jnp.sum(jax.lax.all_to_all(parts, names, 0, 0), 0)
+
+
+def _is_beside_explicit_axes() -> bool:
+    """Return whether axes of an explicit mesh are not mapped here."""
+    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
