@@ -144,13 +144,16 @@ def num_bytes(*types):
 
 
 def num_trips(computations, loop):
-    """As XLA noted it; or the bound of the condition, as a scan counts up from 0."""
+    """As XLA noted it; or the bound of the condition, as a scan counts up from 0.
+
+    NaN where values decide it: no collective that is counted may be in such a loop.
+    """
     if noted := re.search(r'known_trip_count\D*"(\d+)"', loop.rest):
         return int(noted[1])
     condition = computations[re.search(r"condition=(%[\w.-]+)", loop.rest)[1]]
     bounds = [i.rest for i in condition if i.opcode == "constant"]
     if len(bounds) != 1 or "direction=LT" not in condition[-1].rest:
-        raise ValueError("a loop of unknown length")
+        return math.nan
     return int(bounds[0].split(")")[0])
 
 
