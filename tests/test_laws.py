@@ -1,4 +1,8 @@
-"""The laws that define the library, each over generated calls, values and gradients."""
+"""The laws that define the library, each over generated calls, values and gradients.
+
+Of the laws in docs/design/laws.md these are 1 to 12. Law 11 on meshes is in test_mesh, 13 in
+test_confidence, 14 in test_call_cost and test_tokens, 15 in test_sparse and test_distillation.
+"""
 
 import hypothesis.strategies as st
 import jax
