@@ -164,11 +164,6 @@ def _blocks_pass(
     fixed = fixed.by_token(blocks.first)
     plan = dataclasses.replace(plan, chunk=head.kernel.shape[plan.class_axis])
     chunk = read_chunk(plan, head, fixed, jnp.zeros((), jnp.int32))
-    if plan.cpu:  # its operands, once and not for each block
-        hidden, kernel = (x.astype(plan.dtype) for x in (chunk.head.hidden, chunk.head.kernel))
-        plan = dataclasses.replace(plan, dtype=compute_dtype(plan), cpu=False)
-        kernel = kernel.astype(plan.dtype)
-        chunk = chunk._replace(head=chunk.head._replace(hidden=hidden, kernel=kernel))
 
     def turn(_: Any, chunk: Chunk, rows: Any, fixed: Fixed) -> tuple[Any, Any]:
         logits, pull_logits = chunk_logits_and_pull(plan, chunk.head)
