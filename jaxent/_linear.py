@@ -391,8 +391,7 @@ def read_head(
     tables = is_of_all_classes(targets) or (mask is not None and mask.ndim > 1)
     some_uncounted = given.ignore_index is not None or given.sample_weight is not None
     layout, gathered = gathered_before(layout)
-    product = hidden, kernel, class_axis, dtype, precision, dot_general
-    precision, dot_general = read_product(*product)
+    precision, dot_general = read_product(hidden, kernel, class_axis, dtype, precision, dot_general)
     plan = Plan(
         class_axis=class_axis,
         chunk=read_chunk_size(chunk_size),
