@@ -17,6 +17,7 @@ from sharded import make_mesh
 
 import jaxent
 from jaxent import _xla
+from jaxent._forms import forced
 
 OLD = jax.__version_info__ < (0, 12)
 MB = 2**20
@@ -40,6 +41,11 @@ def head(hidden, kernel, targets):
 
 def smoothed_below_a_cap(logits, targets):
     return jaxent.cross_entropy(logits, targets, label_smoothing=0.1, softcap=30.0)
+
+
+def made_forward(*arguments):
+    with forced(made_forward=True):
+        return with_gradient(jaxent.linear_cross_entropy, (0, 1))(*arguments)
 
 
 def second_order(hidden, kernel, targets):
@@ -77,6 +83,11 @@ def kernels(program):
     """Return the number of what the program runs one after another."""
     entry = program.as_text().split("ENTRY")[1]
     return sum(f" {kind}(" in line for line in entry.splitlines() for kind in ("fusion", "reduce"))
+
+
+def read_by_columns(program):
+    """Return the number of matmuls whose left operand is read along its columns."""
+    return program.as_text().count("lhs_contracting_dims={0}")
 
 
 # Name, what is counted, the function, its arguments, the bound with the workaround, and whether
@@ -119,6 +130,7 @@ COUNTED = {
     "with_cpu_plan": (held, with_gradient(head, (0, 1)), HALF_HEAD, 0.9 * MB, True),
     "slice_of_bits": (held, with_gradient(head, (0, 1)), HALF_HEAD, 0.9 * MB, True),
     "scatter_slice": (held, second_order, HEAD, 3.4 * MB, False),
+    "transposed": (read_by_columns, made_forward, HEAD, None, False),
 }
 
 

@@ -28,6 +28,7 @@ from .heads import (
     scatter_slice,
     slice_of_bits,
     take_slice,
+    transposed,
     with_cpu_plan,
 )
 from .kept import (
@@ -75,6 +76,7 @@ __all__ = [
     "sums_of",
     "take_class",
     "take_slice",
+    "transposed",
     "unpacked",
     "with_cpu_plan",
     "without",

@@ -67,6 +67,22 @@ def scatter_slice(total: Array, part: Array, start: Array, axis: int) -> Array:
     return jax.lax.scatter_add(total, start[None], part.astype(total.dtype), dimensions)
 
 
+def _transpose(matrix: Array) -> Array:
+    """Return the transpose of a matrix."""
+    return matrix.T
+
+
+@workaround(_transpose)
+def transposed(matrix: Array) -> Array:
+    """Return the transpose of a matrix, on a CPU as an array of its own.
+
+    Where it is only seen as a transpose, a matmul reads its left operand along the columns: the
+    gradient of a kernel (512, 32768), of 512 tokens, takes 2.4 times as long with jax 0.10.2, and
+    1.3 times with 0.12.0.1. This is a copy of the tokens.
+    """
+    return by_platform(lambda x: hidden(_transpose(x)), _transpose, matrix)
+
+
 def _all_gather(part: Array, names: Names, axis: int) -> Array:
     """Return what is split over mapped axes, whole."""
     whole: Array = jax.lax.all_gather(part, names, axis=axis, tiled=True)
