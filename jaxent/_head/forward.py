@@ -174,7 +174,8 @@ def _blocks_pass(
         def block_total(rows: Any, sums: RowSums) -> Array:
             return _sum(terms, rows, fixed, (shift, sums, best))
 
-        value, pull = jax.vjp(block_total, rows, sums)
+        # No loss has the moment in it, and zeros for its gradient would be multiplied.
+        value, pull = jax.vjp(block_total, rows, sums._replace(moment=None))
         d_rows, cotangents = pull(jnp.ones_like(value))
         d_head = chunk_gradients(
             plan, Around(shift, cotangents), chunk, fixed, (logits, pull_logits)
