@@ -273,10 +273,10 @@ def _matmul_gradients(plan: Plan, head: Head, d_logits: Array) -> tuple[Array, A
     d_logits = d_logits.astype(dtype)
     d_hidden = _matmul(plan, d_logits, kernel, 1, plan.class_axis)
     if plan.class_axis == 1:
-        # Worth its time where all classes are there, and are many.
-        wide = plan.made_forward and d_logits.shape[1] > hidden.shape[1]
-        rows = transposed(hidden) if wide else hidden.T
-        return d_hidden, _matmul(plan, rows, d_logits, 1, 0)
+        # A CPU's copy of the tokens pays where all classes are in one product, and are many.
+        pays = plan.made_forward and d_logits.shape[1] > hidden.shape[1]
+        columns = transposed(hidden) if pays else hidden.T
+        return d_hidden, _matmul(plan, columns, d_logits, 1, 0)
     return d_hidden, _matmul(plan, d_logits, hidden, 0, 0)
 
 
