@@ -31,14 +31,10 @@ from ._arguments import (
     read_array,
     read_axis,
     read_beta,
-    read_bias,
-    read_chunk_size,
     read_class_mask,
     read_distilled_targets,
-    read_hidden_and_kernel,
     read_logit_scale,
     read_logits,
-    read_product,
     read_sample_weight,
     read_softcap,
     read_temperature,
@@ -59,6 +55,7 @@ from ._head.mesh import (
     read_layout,
 )
 from ._head.sizes import balance, choose_block, choose_chunk
+from ._head_arguments import read_bias, read_chunk_size, read_hidden_and_kernel, read_product
 from ._keywords import DistillationKeywords, LinearDistillationKeywords
 from ._numerics import compute_dtype, nan_where
 from ._reduction import TokenStats, reduce, squeezed

@@ -40,20 +40,22 @@ from ._arguments import (
     check_axis,
     check_reduction,
     read_bool_mask,
-    read_chunk_size,
-    read_dot_general,
-    read_dtype,
     read_ignore_index,
-    read_kernel_axis,
     read_label_smoothing,
     read_logit_scale,
-    read_precision,
     read_softcap,
     read_weight,
     read_z_loss,
 )
 from ._axes import AxisName, check_axis_name
 from ._calls import public
+from ._head_arguments import (
+    read_chunk_size,
+    read_dot_general,
+    read_dtype,
+    read_kernel_axis,
+    read_precision,
+)
 from ._keywords import (
     CrossEntropyKeywords,
     LinearCrossEntropyKeywords,

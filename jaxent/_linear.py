@@ -26,15 +26,10 @@ from ._arguments import (
     DotGeneral,
     Reduction,
     TargetsLike,
-    check_head_targets,
     check_reduction,
     check_return_stats,
     is_of_all_classes,
     read_array,
-    read_bias,
-    read_chunk_size,
-    read_hidden_and_kernel,
-    read_product,
     read_targets,
 )
 from ._axes import (
@@ -53,6 +48,13 @@ from ._head.forward import head_total
 from ._head.mesh import Layout, gathered_before, lay_out_given, on_shards, read_layout
 from ._head.sizes import choose_block, choose_chunk, is_made_forward
 from ._head.streaming import head_sums
+from ._head_arguments import (
+    check_head_targets,
+    read_bias,
+    read_chunk_size,
+    read_hidden_and_kernel,
+    read_product,
+)
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype, widened_dtype
 from ._reduction import Rows, TokenStats, loss_terms, reduced_loss, token_stats_of

@@ -18,14 +18,9 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 
-from ._arguments import (
-    TargetsLike,
-    describe,
-    read_class_mask,
-    read_dot_general,
-    read_logit_scale,
-)
+from ._arguments import TargetsLike, describe, read_class_mask, read_logit_scale
 from ._flax import LinearCrossEntropyLoss
+from ._head_arguments import read_dot_general
 from ._keywords import LinearCrossEntropyKeywords
 from ._numerics import compute_dtype
 from ._reduction import TokenStats

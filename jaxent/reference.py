@@ -24,7 +24,6 @@ from ._arguments import (
     DotGeneral,
     Reduction,
     TargetsLike,
-    check_head_targets,
     check_reduction,
     check_return_stats,
     is_of_all_classes,
@@ -32,17 +31,13 @@ from ._arguments import (
     read_array,
     read_axis,
     read_beta,
-    read_bias,
-    read_chunk_size,
     read_class_axis,
     read_class_mask,
     read_distilled_targets,
-    read_hidden_and_kernel,
     read_index_targets,
     read_label_smoothing,
     read_logit_scale,
     read_logits,
-    read_product,
     read_sample_weight,
     read_softcap,
     read_targets,
@@ -52,6 +47,13 @@ from ._arguments import (
 )
 from ._axes import AxisName, read_axis_names
 from ._calls import public
+from ._head_arguments import (
+    check_head_targets,
+    read_bias,
+    read_chunk_size,
+    read_hidden_and_kernel,
+    read_product,
+)
 from ._reduction import TokenStats
 from ._sparse import SparseTargets
 
