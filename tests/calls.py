@@ -319,3 +319,17 @@ def assert_same(actual, expected, ulps):
     for name, gradient in gradients.items():
         assert gradient.dtype == expected_gradients[name].dtype, name
         assert_close(gradient, expected_gradients[name], ulps)
+
+
+FLOAT_STATS = ("log_prob", "log_normalizer", "entropy")
+
+
+def assert_same_with_stats(actual, expected, ulps):
+    """Losses, statistics (or None) and gradients of two evaluations, each to its own dtype."""
+    (loss, stats, gradients), (wanted, wanted_stats, wanted_gradients) = actual, expected
+    assert_same((loss, gradients), (wanted, wanted_gradients), ulps)
+    assert (stats is None) == (wanted_stats is None)
+    for name in () if stats is None else stats._fields:
+        found, field = getattr(stats, name), getattr(wanted_stats, name)
+        assert found.dtype == field.dtype, name
+        assert_close(found, field, ulps if name in FLOAT_STATS else 0, loss.dtype)

@@ -13,9 +13,10 @@ import optax
 import pytest
 from calls import (
     DTYPES,
+    FLOAT_STATS,
     SHAPES,
     assert_close,
-    assert_same,
+    assert_same_with_stats,
     eps,
     examples,
 )
@@ -29,7 +30,6 @@ import jaxent
 from jaxent import reference
 from jaxent._forms import forced
 
-FLOATS = ("log_prob", "log_normalizer", "entropy")
 BETAS = (0.0, 1.0, 0.3, 0.01, "traced")
 OPTIONS = (
     "targets",
@@ -65,7 +65,7 @@ class Call:
             found = function(**{**self.others, **floats, **changes})
             loss, stats = found if self.others.get("return_stats") else (found, None)
             total = jnp.sum(loss * (self.cotangent if loss.ndim else 1))
-            for factor, name in () if stats is None else enumerate(FLOATS, 2):
+            for factor, name in () if stats is None else enumerate(FLOAT_STATS, 2):
                 total += jnp.sum(getattr(stats, name) * self.cotangent / factor)
             return total, (loss, stats)
 
@@ -170,20 +170,10 @@ def head_calls(draw, options=OPTIONS, shapes=HEAD_SHAPES, dtypes=DTYPES, **keywo
 # ---- Law 2 and law 15: the formula -----------------------------------------------------------
 
 
-def assert_equal(actual, expected, ulps):
-    """Loss, statistics and gradients of two evaluations."""
-    (loss, stats, gradients), (wanted, wanted_stats, wanted_gradients) = actual, expected
-    assert_same((loss, gradients), (wanted, wanted_gradients), ulps)
-    for name in () if stats is None else jaxent.TokenStats._fields:
-        found = getattr(stats, name)
-        assert found.dtype == getattr(wanted_stats, name).dtype, name
-        assert_close(found, getattr(wanted_stats, name), ulps if name in FLOATS else 0, loss.dtype)
-
-
 @examples(5)
 @given(calls())
 def test_law_2_distillation_equals_its_reference(call):
-    assert_equal(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
+    assert_same_with_stats(call.run(jaxent.distillation), call.run(reference.distillation), ULPS)
 
 
 @examples(4)
@@ -191,7 +181,7 @@ def test_law_2_distillation_equals_its_reference(call):
 def test_law_15_distillation_of_heads_equals_that_of_their_logits(skip, call):
     with forced(skip=skip, block=3):
         actual = call.run(jaxent.linear_distillation)
-    assert_equal(actual, call.run(reference.linear_distillation), 2 * ULPS)
+    assert_same_with_stats(actual, call.run(reference.linear_distillation), 2 * ULPS)
 
 
 @pytest.mark.parametrize("name", ["distillation", "linear_distillation"])
@@ -456,7 +446,7 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
         h, k, th, tk, sample_weight=kept, chunk_size=5, return_stats=True
     )
     np.testing.assert_array_equal(stats.counted, kept)
-    for name in (*FLOATS, "correct"):
+    for name in (*FLOAT_STATS, "correct"):
         assert np.all(np.isfinite(getattr(stats, name)))
         np.testing.assert_array_equal(getattr(stats, name)[~kept], 0)
     np.testing.assert_array_equal(stats.prediction[~kept], -1)
@@ -476,7 +466,7 @@ def test_law_8_an_uncounted_token_reaches_nothing_of_the_heads():
 
 def with_stats(loss, stats, total=jnp.sum):
     """The loss and a function of the statistics that are floats, which has all derivatives."""
-    return loss + total(sum(jnp.sin(getattr(stats, name)) for name in FLOATS))
+    return loss + total(sum(jnp.sin(getattr(stats, name)) for name in FLOAT_STATS))
 
 
 @pytest.mark.parametrize(
