@@ -52,6 +52,8 @@ def with_stats(function, call):
 
     with precision(call):
         (_, found), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(call.floats)
+        for name, gradient in gradients.items():
+            assert gradient.dtype == call.floats[name].dtype, name
         return jax.tree.map(np.asarray, (*found, gradients))
 
 
